@@ -1,0 +1,191 @@
+"""The functions that people call. Shapes, dtypes, errors and sources are documented here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from atrous_kernels import dispatch
+from atrous_kernels.ops import conv2d as _conv2d_op
+
+Size = int | Sequence[int]
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """2-D (atrous) convolution: a drop-in for :func:`torch.nn.functional.conv2d`.
+
+    Args:
+        input: ``[N, C, H, W]`` or ``[C, H, W]``, contiguous, channels-last or any other strides; ``N`` may be 0.
+        weight: ``[O, C / groups, kh, kw]``, same dtype and device as ``input``.
+        bias: ``[O]`` or None.
+        stride, dilation: a positive int, or one per axis. ``dilation`` is the papers' *rate*.
+        padding: zeros on both sides of each axis: an int, one per axis, ``"valid"`` (none) or ``"same"`` (output as large as
+            the input; stride 1 only).
+        groups: ``C`` and ``O`` must be divisible by it.
+        backend: ``"auto"``, ``"cpu"``, ``"triton"``, ``"cuda"``, ``"torch"`` (the framework's own) or ``"reference"``.
+
+    Returns:
+        ``[N, O, H', W']`` (or ``[O, H', W']``) with ``H' = (H + 2 padding - dilation (kh - 1) - 1) // stride + 1``;
+        channels-last where the input or the weight is.
+
+    Raises:
+        RuntimeError, TypeError: as :func:`torch.nn.functional.conv2d` for the same mistakes.
+        ValueError: unknown ``backend``.
+        RuntimeError: a ``backend`` asked for by name cannot run this problem; the message says why.
+
+    Differentiable twice in input, weight and bias. Padding zeros are never multiplied by the ``cpu``, ``triton`` and ``cuda``
+    kernels. Source: DeepLabv3, section 3.1, equation 1; Yu & Koltun, section 2.
+    """
+    _check_tensors(input, weight, bias)
+    unbatched = input.dim() == 3
+    if unbatched:
+        input = input.unsqueeze(0)
+    if not (type(stride) is tuple and type(dilation) is tuple and len(stride) == 2 == len(dilation)):
+        stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
+    if isinstance(padding, str):
+        input, padding = _resolve_padding(input, weight, padding, stride, dilation)
+    elif not (type(padding) is tuple and len(padding) == 2):
+        padding = _pair("padding", padding)
+    _check_geometry(input, weight, bias, stride, padding, dilation, groups, unbatched)
+    out = _conv2d_op.conv2d(input, weight, bias, stride, padding, dilation, groups, backend)
+    return out.squeeze(0) if unbatched else out
+
+
+def explain(op: str, *args: Any, backend: str = "auto", **kwargs: Any) -> dispatch.Explanation:
+    """Every implementation of ``op`` for a call with these arguments: chosen, or why not. Runs nothing.
+
+    ``op`` is ``"conv2d"``, ``"conv2d_input"`` or ``"conv2d_weight"``; the arguments are those of :func:`conv2d`.
+
+    Raises:
+        ValueError: unknown op or backend; RuntimeError: a backend asked for by name that cannot run.
+    """
+    if op not in ("conv2d", "conv2d_input", "conv2d_weight"):
+        raise ValueError(f"unknown op {op!r}: expected conv2d, conv2d_input or conv2d_weight")
+    return dispatch.explain(op, _describe(*args, **kwargs), backend if backend != "auto" else dispatch.default_backend())
+
+
+def _describe(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+) -> Any:
+    _check_tensors(input, weight, bias)
+    unbatched = input.dim() == 3
+    input = input.unsqueeze(0) if unbatched else input
+    stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
+    if isinstance(padding, str):
+        input, padding = _resolve_padding(input, weight, padding, stride, dilation)
+    padding = _pair("padding", padding)
+    _check_geometry(input, weight, bias, stride, padding, dilation, groups, unbatched)
+    channels_last = _conv2d_op.is_channels_last(input) or _conv2d_op.is_channels_last(weight)
+    return _conv2d_op.problem_of(input.shape, weight.shape, (stride, padding, dilation, groups), input, channels_last)
+
+
+def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    for name, value in (("input", input), ("weight", weight), ("bias", bias)):
+        if not isinstance(value, Tensor) and not (name == "bias" and value is None):
+            raise TypeError(f"conv2d(): argument '{name}' must be Tensor, not {type(value).__name__}")
+    if weight.dim() != 4:
+        raise RuntimeError(f"expected a 4-dimensional weight [O, C/groups, kh, kw], but got size {list(weight.shape)}")
+    if input.dim() not in (3, 4):
+        raise RuntimeError(
+            f"Expected 3D (unbatched) or 4D (batched) input to conv2d, but got input of size: {list(input.shape)}"
+        )
+
+
+def _pair(name: str, value: Size) -> tuple[int, int]:
+    """An int, a one-element or a two-element sequence as (height, width)."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value, value
+    if not isinstance(value, (tuple, list, torch.Size)) or not all(
+        isinstance(v, (int, torch.SymInt)) and not isinstance(v, bool) for v in value
+    ):
+        raise TypeError(f"conv2d(): argument '{name}' must be an int or a tuple of ints, not {value!r}")
+    if len(value) not in (1, 2):
+        raise RuntimeError(f"expected {name} to be a single integer value or a list of 2 values, but got {name}={list(value)}")
+    return value[0], value[-1]
+
+
+def _resolve_padding(
+    input: Tensor, weight: Tensor, padding: str, stride: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[Tensor, tuple[int, int]]:
+    if padding == "valid":
+        return input, (0, 0)
+    if padding != "same":
+        raise RuntimeError(f"Invalid padding string: {padding!r}: expected 'same' or 'valid'")
+    if stride != (1, 1):
+        raise RuntimeError(f"padding='same' is not supported for strided convolutions, but got stride={stride}")
+    total = [rate * (size - 1) for rate, size in zip(dilation, weight.shape[2:], strict=True)]
+    odd = [t % 2 for t in total]
+    if any(odd):  # the framework, too, puts the extra zero after the last row or column
+        input = F.pad(input, (0, odd[1], 0, odd[0]))
+    return input, (total[0] // 2, total[1] // 2)
+
+
+def _check_geometry(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    unbatched: bool,
+) -> None:
+    if not isinstance(groups, (int, torch.SymInt)) or isinstance(groups, bool):
+        raise TypeError(f"conv2d(): argument 'groups' must be int, not {type(groups).__name__}")
+    if groups <= 0:
+        raise RuntimeError(f"non-positive groups is not supported, but got groups={groups}")
+    if min(stride) <= 0:
+        raise RuntimeError(f"non-positive stride is not supported, but got stride={stride}")
+    if min(padding) < 0:
+        raise RuntimeError(f"negative padding is not supported, but got padding={padding}")
+    if min(dilation) <= 0:
+        raise RuntimeError(f"dilation should be greater than zero, but got dilation={dilation}")
+    out_channels, per_group, *kernel = weight.shape
+    size = list(input.shape[1:] if unbatched else input.shape)
+    if out_channels % groups or out_channels < groups:
+        raise RuntimeError(
+            f"Given groups={groups}, expected weight to be at least {groups} at dimension 0 and divisible by {groups}, "
+            f"but got weight of size {list(weight.shape)} instead"
+        )
+    if input.shape[1] != per_group * groups:
+        raise RuntimeError(
+            f"Given groups={groups}, weight of size {list(weight.shape)}, expected input{size} to have "
+            f"{per_group * groups} channels, but got {input.shape[1]} channels instead"
+        )
+    if bias is not None and tuple(bias.shape) != (out_channels,):
+        raise RuntimeError(
+            f"Given weight of size {list(weight.shape)}, expected bias to be 1-dimensional with {out_channels} elements, "
+            f"but got bias of size {list(bias.shape)} instead"
+        )
+    for value in (weight, bias):
+        if value is not None and value.device != input.device:
+            raise RuntimeError(f"expected input and parameters on one device, but got {input.device} and {value.device}")
+        if value is not None and value.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+            raise RuntimeError(f"Input type ({input.dtype}) and weight or bias type ({value.dtype}) should be the same")
+    padded = [n + 2 * p for n, p in zip(input.shape[2:], padding, strict=True)]
+    spread = [rate * (k - 1) + 1 for rate, k in zip(dilation, kernel, strict=True)]
+    if min(kernel) <= 0 or padded[0] < spread[0] or padded[1] < spread[1]:
+        raise RuntimeError(
+            f"Calculated padded input size per channel: ({padded[0]} x {padded[1]}). "
+            f"Kernel size: ({spread[0]} x {spread[1]}). Kernel size can't be greater than actual input size"
+        )

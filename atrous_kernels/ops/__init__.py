@@ -1,0 +1,1 @@
+"""One file per op: schema, fake, autograd and the list of implementations."""

@@ -1,0 +1,313 @@
+"""``torch.ops.atrous.conv2d`` and its two gradients ``conv2d_input`` and ``conv2d_weight``.
+
+The three are closed under differentiation: each one's derivatives are the other two, so double backward is not a special
+case. Padding here is symmetric; :mod:`atrous_kernels.functional` pads beforehand where ``padding="same"`` is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atrous_kernels import dispatch, native
+from atrous_kernels.dispatch import Implementation
+from atrous_kernels.problem import ConvProblem, out_extent
+from atrous_kernels.reference import conv2d as reference
+from atrous_kernels.triton import conv2d as triton
+
+_library = torch.library.Library("atrous", "FRAGMENT")
+_GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, str backend"
+_library.define(f"conv2d(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor")
+_library.define(f"conv2d_input(SymInt[] input_size, Tensor weight, Tensor grad_output, {_GEOMETRY}) -> Tensor")
+_library.define(f"conv2d_weight(Tensor input, SymInt[] weight_size, Tensor grad_output, {_GEOMETRY}) -> Tensor")
+
+Ints = Sequence[int]
+
+
+# Layout ---------------------------------------------------------------------------------------------------------------
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether the strides say NHWC, by the framework's own rule (ambiguous shapes count as contiguous)."""
+    sizes, strides = tensor.shape, tensor.stride()
+    if strides[1] == 0:
+        return False
+    least = 0
+    for dim in (1, 3, 2, 0):
+        if sizes[dim] == 0 or strides[dim] < least or (dim == 0 and least == strides[1]):
+            return False
+        least = strides[dim] * max(sizes[dim], 1)
+    return True
+
+
+def _format(*tensors: Tensor) -> torch.memory_format:
+    channels_last = any(is_channels_last(tensor) for tensor in tensors)
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """Kernels read dense NCHW or NHWC; anything else is copied into the layout that its strides suggest."""
+    if tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor
+    return tensor.contiguous(memory_format=_format(tensor))
+
+
+# Choosing -------------------------------------------------------------------------------------------------------------
+
+
+def _pick(
+    op: str,
+    backend: str,
+    input_size: Ints,
+    weight_size: Ints,
+    geometry: tuple[Ints, Ints, Ints, int],
+    tensor: Tensor,
+    channels_last: bool,
+) -> Implementation:
+    if backend == dispatch.AUTO:
+        backend = dispatch.default_backend()
+    stride, padding, dilation, groups = geometry
+    key = (
+        *input_size, *weight_size, *stride, *padding, *dilation, groups, tensor.dtype, tensor.device.type, channels_last,
+    )  # fmt: skip
+    found = dispatch.cached(op, backend, key)
+    if found is None:
+        found = dispatch.choose(op, problem_of(input_size, weight_size, geometry, tensor, channels_last), backend, key)
+    return found
+
+
+def problem_of(
+    input_size: Ints,
+    weight_size: Ints,
+    geometry: tuple[Ints, Ints, Ints, int],
+    tensor: Tensor,
+    channels_last: bool,
+) -> ConvProblem:
+    """The numbers of one call."""
+    stride, padding, dilation, groups = geometry
+    return ConvProblem(
+        batch=input_size[0],
+        in_channels=input_size[1],
+        out_channels=weight_size[0],
+        in_size=(input_size[2], input_size[3]),
+        kernel=(weight_size[2], weight_size[3]),
+        stride=(stride[0], stride[1]),
+        padding=(padding[0], padding[1]),
+        dilation=(dilation[0], dilation[1]),
+        groups=groups,
+        dtype=tensor.dtype,
+        device_type=tensor.device.type,
+        channels_last=channels_last,
+    )
+
+
+# Kernels --------------------------------------------------------------------------------------------------------------
+
+
+def _conv2d(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Ints, padding: Ints, dilation: Ints, groups: int, backend: str
+) -> Tensor:
+    layout = _format(input, weight)
+    geometry = (stride, padding, dilation, groups)
+    pick = _pick("conv2d", backend, input.shape, weight.shape, geometry, input, layout is torch.channels_last)
+    bias = None if bias is None else bias.contiguous()
+    return pick.run(_dense(input), _dense(weight), bias, *geometry).contiguous(memory_format=layout)
+
+
+def _conv2d_input(
+    input_size: Ints, weight: Tensor, grad_output: Tensor, stride: Ints, padding: Ints, dilation: Ints, groups: int, backend: str
+) -> Tensor:
+    layout = _format(weight, grad_output)
+    geometry = (stride, padding, dilation, groups)
+    pick = _pick("conv2d_input", backend, input_size, weight.shape, geometry, weight, layout is torch.channels_last)
+    return pick.run(list(input_size), _dense(weight), _dense(grad_output), *geometry).contiguous(memory_format=layout)
+
+
+def _conv2d_weight(
+    input: Tensor, weight_size: Ints, grad_output: Tensor, stride: Ints, padding: Ints, dilation: Ints, groups: int, backend: str
+) -> Tensor:
+    layout = _format(input, grad_output)
+    geometry = (stride, padding, dilation, groups)
+    pick = _pick("conv2d_weight", backend, input.shape, weight_size, geometry, input, layout is torch.channels_last)
+    return pick.run(_dense(input), list(weight_size), _dense(grad_output), *geometry).contiguous(memory_format=layout)
+
+
+for _name, _kernel in (("conv2d", _conv2d), ("conv2d_input", _conv2d_input), ("conv2d_weight", _conv2d_weight)):
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _kernel, _key)
+
+
+# Fake -----------------------------------------------------------------------------------------------------------------
+
+
+def _empty(like: Tensor, size: Ints, layout: torch.memory_format) -> Tensor:
+    return torch.empty(list(size), dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+@torch.library.register_fake("atrous::conv2d", lib=_library)
+def _conv2d_fake(input, weight, bias, stride, padding, dilation, groups, backend):  # type: ignore[no-untyped-def]
+    extents = [out_extent(*a) for a in zip(input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)]
+    return _empty(input, [input.shape[0], weight.shape[0], *extents], _format(input, weight))
+
+
+@torch.library.register_fake("atrous::conv2d_input", lib=_library)
+def _conv2d_input_fake(input_size, weight, grad_output, stride, padding, dilation, groups, backend):  # type: ignore[no-untyped-def]
+    return _empty(grad_output, input_size, _format(weight, grad_output))
+
+
+@torch.library.register_fake("atrous::conv2d_weight", lib=_library)
+def _conv2d_weight_fake(input, weight_size, grad_output, stride, padding, dilation, groups, backend):  # type: ignore[no-untyped-def]
+    return _empty(input, weight_size, _format(input, grad_output))
+
+
+# Autograd -------------------------------------------------------------------------------------------------------------
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.geometry = inputs[3:]
+    ctx.sizes = [x.shape if isinstance(x, Tensor) else x for x in inputs[:2]]
+    ctx.save_for_backward(*(x for x in inputs[:3] if isinstance(x, Tensor)))
+
+
+def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    input, weight = ctx.saved_tensors[:2]
+    needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    grad_input = conv2d_input(input.shape, weight, grad, *ctx.geometry) if needs_input else None
+    grad_weight = conv2d_weight(input, weight.shape, grad, *ctx.geometry) if needs_weight else None
+    grad_bias = grad.sum((0, 2, 3)) if needs_bias else None
+    return grad_input, grad_weight, grad_bias, *_NO_GRADS
+
+
+def _conv2d_input_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    weight, grad_output = ctx.saved_tensors
+    _, needs_weight, needs_grad_output = ctx.needs_input_grad[:3]
+    grad_weight = conv2d_weight(grad, weight.shape, grad_output, *ctx.geometry) if needs_weight else None
+    grad_grad_output = conv2d(grad, weight, None, *ctx.geometry) if needs_grad_output else None
+    return None, grad_weight, grad_grad_output, *_NO_GRADS
+
+
+def _conv2d_weight_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    input, grad_output = ctx.saved_tensors
+    needs_input, _, needs_grad_output = ctx.needs_input_grad[:3]
+    grad_input = conv2d_input(input.shape, grad, grad_output, *ctx.geometry) if needs_input else None
+    grad_grad_output = conv2d(input, grad, None, *ctx.geometry) if needs_grad_output else None
+    return grad_input, None, grad_grad_output, *_NO_GRADS
+
+
+_NO_GRADS = (None,) * 5  # stride, padding, dilation, groups, backend
+torch.library.register_autograd("atrous::conv2d", _conv2d_backward, setup_context=_save, lib=_library)
+torch.library.register_autograd("atrous::conv2d_input", _conv2d_input_backward, setup_context=_save, lib=_library)
+torch.library.register_autograd("atrous::conv2d_weight", _conv2d_weight_backward, setup_context=_save, lib=_library)
+
+conv2d = torch.ops.atrous.conv2d.default
+conv2d_input = torch.ops.atrous.conv2d_input.default
+conv2d_weight = torch.ops.atrous.conv2d_weight.default
+
+
+# Autocast -------------------------------------------------------------------------------------------------------------
+
+
+def _autocast_to(device_type: str, key: torch._C.DispatchKey) -> Any:
+    """Casts floating tensors to the dtype of the autocast region, as the framework does for its own convolution."""
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype is not torch.float64
+        return tensor.to(torch.get_autocast_dtype(device_type)) if tensor is not None and eligible else tensor
+
+    def call(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            return conv2d(cast(input), cast(weight), cast(bias), *geometry)
+
+    return call
+
+
+_library.impl("conv2d", _autocast_to("cpu", torch._C.DispatchKey.AutocastCPU), "AutocastCPU")
+_library.impl("conv2d", _autocast_to("cuda", torch._C.DispatchKey.AutocastCUDA), "AutocastCUDA")
+
+
+# Implementations ------------------------------------------------------------------------------------------------------
+
+
+def _framework_conv2d_input(input_size: Ints, weight: Tensor, grad_output: Tensor, *geometry: Any) -> Tensor:
+    # Only the sizes of the absent operand are read, so one element stands in for all.
+    input = weight.new_empty(1).expand(list(input_size))
+    return _framework_backward(grad_output, input, weight, geometry, (True, False, False))[0]
+
+
+def _framework_conv2d_weight(input: Tensor, weight_size: Ints, grad_output: Tensor, *geometry: Any) -> Tensor:
+    weight = input.new_empty(1).expand(list(weight_size))
+    return _framework_backward(grad_output, input, weight, geometry, (False, True, False))[1]
+
+
+def _framework_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor, geometry: Any, mask: tuple[bool, bool, bool]
+) -> tuple[Tensor, ...]:
+    stride, padding, dilation, groups = geometry
+    return torch.ops.aten.convolution_backward(
+        grad_output, input, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
+    )
+
+
+def _framework_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    stride, padding, dilation, groups = geometry
+    return torch.ops.aten.convolution(input, weight, bias, stride, padding, dilation, False, [0, 0], groups)
+
+
+_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_CUDA_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _cpu_can_run(problem: ConvProblem) -> str | None:
+    if problem.device_type != "cpu":
+        return f"runs on the CPU, not on {problem.device_type}"
+    if problem.dtype not in _CPU_DTYPES:
+        return f"{problem.dtype} is not one of {', '.join(map(str, _CPU_DTYPES))}"
+    return native.cpu_missing()
+
+
+def _cuda_can_run(problem: ConvProblem) -> str | None:
+    if problem.device_type != "cuda":
+        return f"runs on CUDA devices, not on {problem.device_type}"
+    if problem.dtype not in _CUDA_DTYPES:
+        return f"{problem.dtype} is not one of {', '.join(map(str, _CUDA_DTYPES))}"
+    return native.cuda_missing()
+
+
+def _always(problem: ConvProblem) -> None:
+    return None
+
+
+def _cpu_loses(problem: ConvProblem) -> str | None:
+    return "not timed yet"
+
+
+def _gpu_unmeasured(problem: ConvProblem) -> str | None:
+    return "no committed measurement shows it ahead of the framework on a GPU yet"
+
+
+def _last_resort(problem: ConvProblem) -> str | None:
+    return "plain PyTorch, tap by tap: for checking, not for speed"
+
+
+for _name, _framework in (
+    ("conv2d", _framework_conv2d),
+    ("conv2d_input", _framework_conv2d_input),
+    ("conv2d_weight", _framework_conv2d_weight),
+):
+
+    def _native(*args: Any, _name: str = _name) -> Tensor:
+        return getattr(torch.ops.atrous_native, _name)(*args)
+
+    dispatch.register(
+        _name,
+        [
+            Implementation("cpu", _native, _cpu_can_run, _cpu_loses),
+            Implementation("triton", getattr(triton, _name), triton.can_run, _gpu_unmeasured),
+            Implementation("cuda", _native, _cuda_can_run, _gpu_unmeasured),
+            Implementation("torch", _framework, _always, _always),
+            Implementation("reference", getattr(reference, _name), _always, _last_resort),
+        ],
+    )

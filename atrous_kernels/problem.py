@@ -1,0 +1,181 @@
+"""A convolution as numbers: sizes, rate, dtype and layout -> valid taps, FLOPs, bytes and roofline time.
+
+Everything here is plain integer arithmetic, shared by the dispatcher, the Triton launchers and the benchmarks. The C++
+twin is ``csrc/include/problem.h``; ``tests/test_problem.py`` holds the two against each other and against brute force.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import gcd
+
+import torch
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One spatial axis seen from the tensor that is written.
+
+    Position ``o`` reads source position ``o * src_step + src_offset + t * tap_step`` for taps ``t`` in ``[0, taps)``.
+    """
+
+    n_out: int
+    n_src: int
+    taps: int
+    src_step: int
+    src_offset: int
+    tap_step: int
+
+    def tap_range(self, tap: int) -> Pair:
+        """Positions ``[first, last)`` at which ``tap`` reads inside the source."""
+        offset = self.src_offset + tap * self.tap_step
+        first = min(max(-(offset // self.src_step), 0), self.n_out)
+        last = min(max(-((offset - self.n_src) // self.src_step), first), self.n_out)
+        return first, last
+
+    def segments(self) -> list[Segment]:
+        """Cuts ``[0, n_out)`` where the set of valid taps changes (at most three pieces for three taps)."""
+        ranges = [self.tap_range(tap) for tap in range(self.taps)]
+        cuts = sorted({0, self.n_out, *(cut for pair in ranges for cut in pair)})
+        pieces: list[Segment] = []
+        for start, stop in zip(cuts, cuts[1:], strict=False):
+            valid = [tap for tap, (first, last) in enumerate(ranges) if first <= start < last]
+            taps = (valid[0], valid[-1] + 1) if valid else (0, 0)
+            if pieces and (pieces[-1].tap_start, pieces[-1].tap_stop) == taps:
+                pieces[-1] = replace(pieces[-1], stop=stop)
+            else:
+                pieces.append(Segment(start, stop, *taps))
+        return pieces
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Positions ``[start, stop)`` of an axis whose valid taps are exactly ``[tap_start, tap_stop)``."""
+
+    start: int
+    stop: int
+    tap_start: int
+    tap_stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def taps(self) -> int:
+        return self.tap_stop - self.tap_start
+
+
+@dataclass(frozen=True)
+class InputGradAxis:
+    """Input positions ``stride * q + residue``: kernel tap ``first_tap + j * tap_stride`` is tap ``j`` of ``axis``."""
+
+    axis: Axis
+    first_tap: int
+    tap_stride: int
+
+
+def out_extent(n_in: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Number of output positions along one axis (0 or less where the kernel does not fit)."""
+    return (n_in + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def forward_axis(n_in: int, n_out: int, kernel: int, stride: int, padding: int, dilation: int) -> Axis:
+    """The axis of the forward pass."""
+    return Axis(n_out, n_in, kernel, stride, -padding, dilation)
+
+
+def input_grad_axis(
+    n_in: int, n_out: int, kernel: int, stride: int, padding: int, dilation: int, residue: int
+) -> InputGradAxis:
+    """The input gradient at input positions congruent to ``residue`` modulo the stride: a stride-1 correlation.
+
+    Input position ``i`` meets tap ``t`` at output position ``(i + padding - t * dilation) / stride`` where that divides.
+    """
+    positions = len(range(residue, n_in, stride))
+    period = stride // gcd(stride, dilation)
+    first = next((t for t in range(min(period, kernel)) if (residue + padding - t * dilation) % stride == 0), kernel)
+    taps = len(range(first, kernel, period))
+    offset = (residue + padding - first * dilation) // stride
+    return InputGradAxis(Axis(positions, n_out, taps, 1, offset, -(period * dilation // stride)), first, period)
+
+
+@dataclass(frozen=True)
+class ConvProblem:
+    """A 2-D convolution. Sizes are (height, width) pairs; ``weight`` is [out_channels, in_channels / groups, *kernel]."""
+
+    batch: int
+    in_channels: int
+    out_channels: int
+    in_size: Pair
+    kernel: Pair
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+    dtype: torch.dtype = torch.float32
+    device_type: str = "cpu"
+    channels_last: bool = False
+
+    @property
+    def out_size(self) -> Pair:
+        height, width = (out_extent(*axis) for axis in self._axes_args())
+        return height, width
+
+    @property
+    def is_depthwise(self) -> bool:
+        return self.groups > 1 and self.groups == self.in_channels == self.out_channels
+
+    def _axes_args(self) -> list[tuple[int, int, int, int, int]]:
+        return list(zip(self.in_size, self.kernel, self.stride, self.padding, self.dilation, strict=True))
+
+    def axes(self) -> tuple[Axis, Axis]:
+        """The (height, width) axes of the forward pass."""
+        height, width = (forward_axis(a[0], n_out, *a[1:]) for a, n_out in zip(self._axes_args(), self.out_size, strict=True))
+        return height, width
+
+    def rectangles(self) -> list[tuple[Segment, Segment]]:
+        """The output cut into rectangles of constant valid taps: at most nine for a 3x3 kernel."""
+        rows, cols = (axis.segments() for axis in self.axes())
+        return [(row, col) for row in rows for col in cols]
+
+    def _flops_per_tap(self) -> int:
+        return 2 * self.batch * self.out_channels * (self.in_channels // self.groups)
+
+    @property
+    def dense_flops(self) -> int:
+        """Floating-point operations when padding zeros are multiplied too."""
+        height, width = self.out_size
+        return self._flops_per_tap() * height * width * self.kernel[0] * self.kernel[1]
+
+    @property
+    def valid_flops(self) -> int:
+        """Floating-point operations on real input alone; the two gradients need the same number each."""
+        return self._flops_per_tap() * sum(r.size * r.taps * c.size * c.taps for r, c in self.rectangles())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes moved when input and weight are read once and the output is written once."""
+        height, width = self.out_size
+        inputs = self.batch * self.in_channels * self.in_size[0] * self.in_size[1]
+        outputs = self.batch * self.out_channels * height * width
+        weights = self.out_channels * (self.in_channels // self.groups) * self.kernel[0] * self.kernel[1]
+        return (inputs + outputs + weights) * self.dtype.itemsize
+
+    def roofline_seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
+        """The floor: the larger of valid arithmetic and compulsory traffic."""
+        return max(self.valid_flops / flops_per_second, self.bytes / bytes_per_second)
+
+    def __str__(self) -> str:
+        layout = "channels_last" if self.channels_last else "contiguous"
+        pairs = " ".join(
+            f"{name} {a}" if a == b else f"{name} {a}x{b}"
+            for name, (a, b) in (("stride", self.stride), ("padding", self.padding), ("rate", self.dilation))
+        )
+        return (
+            f"{self.batch}x{self.in_channels}->{self.out_channels} {self.in_size[0]}x{self.in_size[1]} "
+            f"kernel {self.kernel[0]}x{self.kernel[1]} {pairs} groups {self.groups} "
+            f"{str(self.dtype).removeprefix('torch.')} {layout} on {self.device_type}"
+        )
