@@ -1,0 +1,123 @@
+"""What all data sets share: an item is an RGB image and its map of class ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from segmodels.data.files import DataError, read_image, read_mask
+
+IGNORE_INDEX = 255
+
+
+def voc_colormap(count: int) -> np.ndarray:
+    """The PASCAL VOC colour map, uint8 ``[count, 3]``: the bits of the class id, dealt in threes to R, G, B, high bits first
+    (VOC development kit, ``VOClabelcolormap.m``)."""
+    ids = np.arange(count)
+    colors = np.zeros((count, 3), np.uint8)
+    for level in range(8):
+        for channel in range(3):
+            bit = (ids >> (3 * level + channel)) & 1
+            colors[:, channel] |= (bit << (7 - level)).astype(np.uint8)
+    return colors
+
+
+class SegmentationDataset:
+    """Map-style base class. Subclasses give ``load(i)`` and ``name(i)`` and set the length.
+
+    Attributes:
+        classes: class names, in the order of their ids.
+        colors: uint8 ``[num_classes, 3]``, RGB, for pictures of predictions.
+        num_classes: number of classes, without void.
+        ignore_index: 255, the label of pixels that count neither in the loss nor in the score.
+        split: the split this is.
+    """
+
+    ignore_index = IGNORE_INDEX
+
+    def __init__(self, classes: Sequence[str], colors: np.ndarray, split: str, length: int):
+        self.classes = list(classes)
+        self.colors = np.asarray(colors, np.uint8)
+        self.num_classes = len(self.classes)
+        self.split = split
+        self._length = length
+
+    def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Image uint8 ``[H, W, 3]`` RGB and label uint8 ``[H, W]`` with values ``0 .. num_classes-1`` and 255."""
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """The stem of item ``index``: what a file that shows it should be called."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.load(self._check(index))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(split={self.split!r}, items={len(self)}, classes={self.num_classes})"
+
+    def _check(self, index: int) -> int:
+        if not -self._length <= index < self._length:
+            raise IndexError(f"index {index} out of range for {self!r}")
+        return int(index) % self._length
+
+
+class PairedFiles(SegmentationDataset):
+    """Image files with mask files. Existence is checked by whoever builds the pairs; contents are checked at each load.
+
+    Args:
+        pairs: (image, mask) paths.
+        classes, colors, split: see :class:`SegmentationDataset`.
+        void_ids: ids in the masks that become 255 (255 itself always does).
+        root: for ``repr``.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[tuple[Path, Path]],
+        classes: Sequence[str],
+        colors: np.ndarray,
+        split: str,
+        root: Path,
+        void_ids: Sequence[int] = (),
+    ):
+        super().__init__(classes, colors, split, len(pairs))
+        self.pairs = list(pairs)
+        self.root = root
+        self._void_ids = tuple(void_ids)
+        self._remap = np.arange(256, dtype=np.uint8)
+        self._valid = np.arange(256) < self.num_classes
+        self._valid[IGNORE_INDEX] = True
+        for value in self._void_ids:
+            self._remap[value], self._valid[value] = IGNORE_INDEX, True
+
+    def name(self, index: int) -> str:
+        return self.pairs[self._check(index)][0].stem
+
+    def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """As the base class. Raises DataError for files that are unreadable, truncated, of different sizes, or hold a label
+        outside the classes (with its value and position)."""
+        image_path, mask_path = self.pairs[self._check(index)]
+        image, label = read_image(image_path), read_mask(mask_path)
+        if image.shape[:2] != label.shape:
+            raise DataError(
+                f"{mask_path}: the mask is {label.shape[1]}x{label.shape[0]} (width x height) but its image {image_path} is "
+                f"{image.shape[1]}x{image.shape[0]}; expected equal sizes"
+            )
+        outside = ~self._valid[label]
+        if outside.any():
+            rows, columns = np.nonzero(outside)
+            void = ", ".join(str(value) for value in sorted({*self._void_ids, IGNORE_INDEX}))
+            raise DataError(
+                f"{mask_path}: label {label[rows[0], columns[0]]} at row {rows[0]}, column {columns[0]} ({rows.size} such pixels); "
+                f"expected 0..{self.num_classes - 1} ({self.classes[0]} .. {self.classes[-1]}) or void ({void})"
+            )
+        return image, self._remap[label]
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, root={str(self.root)!r})"

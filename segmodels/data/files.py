@@ -1,0 +1,139 @@
+"""Reading images and masks from disk, with errors that name the file and what was expected of it.
+
+``cv2.imread`` prints a warning and returns ``None`` (or, in some builds, half a picture) for a truncated file, and expands
+palette masks to colours. Both would spoil a training run silently, so the bytes are checked before they are decoded, and masks
+are read as stored indices.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
+MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # no JPEG: lossy compression invents class ids along every edge
+
+_JPEG_START, _JPEG_SCAN, _JPEG_END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
+_PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+
+
+class DataError(RuntimeError):
+    """A data set on disk is not what it should be; the message names the file and what was expected."""
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file. Raises DataError where it is missing, not a file, not readable, empty or visibly cut off."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); expected an image file") from error
+    if not data:
+        raise DataError(f"{path}: the file is empty; expected an image")
+    # Entropy-coded data never holds the scan marker, so an end marker before the last scan belongs to an embedded thumbnail.
+    if data.startswith(_JPEG_START) and data.rfind(_JPEG_END) <= data.rfind(_JPEG_SCAN):
+        raise DataError(f"{path}: truncated JPEG, the {len(data)} bytes end without an end-of-image marker (FF D9)")
+    if data.startswith(_PNG_START) and _PNG_END not in data:
+        raise DataError(f"{path}: truncated PNG, the {len(data)} bytes end without an IEND chunk")
+    return data
+
+
+def read_image(path: str | Path, *, exif_orientation: bool = False) -> np.ndarray:
+    """Decodes an image file to RGB.
+
+    Args:
+        path: a file in any format OpenCV decodes (JPEG, PNG, BMP, TIFF, ...).
+        exif_orientation: turn the picture as its EXIF tag says. Off by default, because the masks of a data set are drawn on
+            the stored pixel grid and carry no such tag.
+
+    Returns:
+        uint8 ``[H, W, 3]``, RGB, contiguous.
+
+    Raises:
+        DataError: the file is missing, truncated, or not an image.
+    """
+    path = Path(path)
+    data = read_bytes(path)
+    flags = cv2.IMREAD_COLOR if exif_orientation else cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error as error:
+        raise DataError(f"{path}: cannot be decoded as an image ({error.err})") from error
+    if image is None:
+        raise DataError(f"{path}: cannot be decoded as an image ({len(data)} bytes, starting {data[:4].hex(' ')})")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def read_mask(path: str | Path) -> np.ndarray:
+    """Decodes a mask of class ids: 8-bit grey, or the indices of a palette image (VOC).
+
+    Returns:
+        uint8 ``[H, W]``.
+
+    Raises:
+        DataError: the file is missing, truncated, not an image, or not one 8-bit channel (a colour picture has lost its ids).
+    """
+    path = Path(path)
+    data = read_bytes(path)
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            if picture.mode not in ("L", "P", "1"):
+                raise DataError(
+                    f"{path}: the mask has pixel mode {picture.mode!r}; expected one 8-bit channel of class ids "
+                    "(grey 'L' or palette 'P')"
+                )
+            return np.array(picture, dtype=np.uint8)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:  # SyntaxError: Pillow's broken-PNG error
+        raise DataError(f"{path}: cannot be decoded as a mask ({error})") from error
+
+
+def list_by_stem(folder: Path, suffixes: tuple[str, ...], what: str) -> dict[str, Path]:
+    """Files of a folder by stem, sorted. Raises DataError where the folder holds none, or one stem twice."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in suffixes or path.name.startswith("."):
+            continue
+        if path.stem in found:
+            raise DataError(f"{folder}: two {what} share the stem {path.stem!r}: {found[path.stem].name} and {path.name}")
+        found[path.stem] = path
+    if not found:
+        raise DataError(f"{folder}: no {what} here; expected files ending in {', '.join(suffixes)}")
+    return found
+
+
+def find_root(root: str | Path | None, dataset: str, layout: str) -> Path:
+    """Checks that ``root`` is a folder. ``layout`` describes what should be inside, for the message."""
+    if root is None:
+        raise DataError(f"dataset {dataset!r} needs root=, the folder that holds {layout}")
+    path = Path(root).expanduser()
+    if not path.is_dir():
+        state = "is a file" if path.is_file() else "does not exist"
+        raise DataError(f"{path}: the root folder of dataset {dataset!r} {state}; expected a folder that holds {layout}")
+    return path
+
+
+def first_layout(root: Path, dataset: str, layouts: list[tuple[str, str]]) -> tuple[Path, Path]:
+    """The first (images, masks) pair of folders that exists under ``root``; DataError lists all that were looked for."""
+    for images, masks in layouts:
+        if (root / images).is_dir() and (root / masks).is_dir():
+            return root / images, root / masks
+    wanted = "; ".join(f"{images} + {masks}" for images, masks in layouts)
+    present = ", ".join(sorted(path.name + "/" * path.is_dir() for path in root.iterdir())[:12]) or "nothing"
+    raise DataError(f"{root}: not a {dataset} folder; looked for the image + mask folders {wanted}; found {present}")
+
+
+def match_masks(images: dict[str, Path], masks: Path, suffix: str = "") -> list[tuple[Path, Path]]:
+    """Pairs every image with the mask of its stem (+ ``suffix``). DataError names the first missing mask and counts the rest."""
+    available = {path.stem: path for path in masks.iterdir() if path.suffix.lower() in MASK_SUFFIXES}
+    missing = [stem for stem in images if stem + suffix not in available]
+    if missing:
+        raise missing_mask(images[missing[0]], masks / f"{missing[0]}{suffix}.png", len(missing), len(images))
+    return [(path, available[stem + suffix]) for stem, path in images.items()]
+
+
+def missing_mask(image: Path, mask: Path, missing: int, total: int) -> DataError:
+    """The error for an image without a mask."""
+    return DataError(f"{mask}: missing, the mask of {image}; {missing} of {total} images have no mask")
