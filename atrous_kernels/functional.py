@@ -11,6 +11,7 @@ from torch import Tensor
 
 from atrous_kernels import dispatch
 from atrous_kernels.ops import conv2d as _conv2d_op
+from atrous_kernels.problem import ConvProblem
 
 Size = int | Sequence[int]
 
@@ -47,8 +48,8 @@ def conv2d(
         ValueError: unknown ``backend``.
         RuntimeError: a ``backend`` asked for by name cannot run this problem; the message says why.
 
-    Differentiable twice in input, weight and bias. Padding zeros are never multiplied by the ``cpu``, ``triton`` and ``cuda``
-    kernels. Source: DeepLabv3, section 3.1, equation 1; Yu & Koltun, section 2.
+    Differentiable twice in input, weight and bias. The ``cpu``, ``triton`` and ``cuda`` kernels never multiply padding
+    zeros. Source: DeepLabv3, section 3.1, equation 1; Yu & Koltun, section 2.
     """
     _check_tensors(input, weight, bias)
     unbatched = input.dim() == 3
@@ -75,10 +76,10 @@ def explain(op: str, *args: Any, backend: str = "auto", **kwargs: Any) -> dispat
     """
     if op not in ("conv2d", "conv2d_input", "conv2d_weight"):
         raise ValueError(f"unknown op {op!r}: expected conv2d, conv2d_input or conv2d_weight")
-    return dispatch.explain(op, _describe(*args, **kwargs), backend if backend != "auto" else dispatch.default_backend())
+    return dispatch.explain(op, describe(*args, **kwargs), backend if backend != "auto" else dispatch.default_backend())
 
 
-def _describe(
+def describe(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -86,7 +87,8 @@ def _describe(
     padding: Size | str = 0,
     dilation: Size = 1,
     groups: int = 1,
-) -> Any:
+) -> ConvProblem:
+    """The numbers of a call with the arguments of :func:`conv2d`, checked the same way."""
     _check_tensors(input, weight, bias)
     unbatched = input.dim() == 3
     input = input.unsqueeze(0) if unbatched else input
@@ -120,7 +122,9 @@ def _pair(name: str, value: Size) -> tuple[int, int]:
     ):
         raise TypeError(f"conv2d(): argument '{name}' must be an int or a tuple of ints, not {value!r}")
     if len(value) not in (1, 2):
-        raise RuntimeError(f"expected {name} to be a single integer value or a list of 2 values, but got {name}={list(value)}")
+        raise RuntimeError(
+            f"expected {name} to be a single integer value or a list of 2 values, but got {name}={list(value)}"
+        )
     return value[0], value[-1]
 
 

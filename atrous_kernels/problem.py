@@ -7,6 +7,7 @@ twin is ``csrc/include/problem.h``; ``tests/test_problem.py`` holds the two agai
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import gcd
 
 import torch
@@ -40,7 +41,7 @@ class Axis:
         ranges = [self.tap_range(tap) for tap in range(self.taps)]
         cuts = sorted({0, self.n_out, *(cut for pair in ranges for cut in pair)})
         pieces: list[Segment] = []
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             valid = [tap for tap, (first, last) in enumerate(ranges) if first <= start < last]
             taps = (valid[0], valid[-1] + 1) if valid else (0, 0)
             if pieces and (pieces[-1].tap_start, pieces[-1].tap_stop) == taps:
@@ -133,8 +134,8 @@ class ConvProblem:
 
     def axes(self) -> tuple[Axis, Axis]:
         """The (height, width) axes of the forward pass."""
-        height, width = (forward_axis(a[0], n_out, *a[1:]) for a, n_out in zip(self._axes_args(), self.out_size, strict=True))
-        return height, width
+        (height, *rows), (width, *cols) = self._axes_args()
+        return forward_axis(height, self.out_size[0], *rows), forward_axis(width, self.out_size[1], *cols)
 
     def rectangles(self) -> list[tuple[Segment, Segment]]:
         """The output cut into rectangles of constant valid taps: at most nine for a 3x3 kernel."""

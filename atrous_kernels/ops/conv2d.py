@@ -108,7 +108,14 @@ def problem_of(
 
 
 def _conv2d(
-    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Ints, padding: Ints, dilation: Ints, groups: int, backend: str
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+    backend: str,
 ) -> Tensor:
     layout = _format(input, weight)
     geometry = (stride, padding, dilation, groups)
@@ -118,7 +125,14 @@ def _conv2d(
 
 
 def _conv2d_input(
-    input_size: Ints, weight: Tensor, grad_output: Tensor, stride: Ints, padding: Ints, dilation: Ints, groups: int, backend: str
+    input_size: Ints,
+    weight: Tensor,
+    grad_output: Tensor,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+    backend: str,
 ) -> Tensor:
     layout = _format(weight, grad_output)
     geometry = (stride, padding, dilation, groups)
@@ -127,7 +141,14 @@ def _conv2d_input(
 
 
 def _conv2d_weight(
-    input: Tensor, weight_size: Ints, grad_output: Tensor, stride: Ints, padding: Ints, dilation: Ints, groups: int, backend: str
+    input: Tensor,
+    weight_size: Ints,
+    grad_output: Tensor,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+    backend: str,
 ) -> Tensor:
     layout = _format(input, grad_output)
     geometry = (stride, padding, dilation, groups)
@@ -148,18 +169,18 @@ def _empty(like: Tensor, size: Ints, layout: torch.memory_format) -> Tensor:
 
 
 @torch.library.register_fake("atrous::conv2d", lib=_library)
-def _conv2d_fake(input, weight, bias, stride, padding, dilation, groups, backend):  # type: ignore[no-untyped-def]
+def _conv2d_fake(input, weight, bias, stride, padding, dilation, groups, backend):
     extents = [out_extent(*a) for a in zip(input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)]
     return _empty(input, [input.shape[0], weight.shape[0], *extents], _format(input, weight))
 
 
 @torch.library.register_fake("atrous::conv2d_input", lib=_library)
-def _conv2d_input_fake(input_size, weight, grad_output, stride, padding, dilation, groups, backend):  # type: ignore[no-untyped-def]
+def _conv2d_input_fake(input_size, weight, grad_output, stride, padding, dilation, groups, backend):
     return _empty(grad_output, input_size, _format(weight, grad_output))
 
 
 @torch.library.register_fake("atrous::conv2d_weight", lib=_library)
-def _conv2d_weight_fake(input, weight_size, grad_output, stride, padding, dilation, groups, backend):  # type: ignore[no-untyped-def]
+def _conv2d_weight_fake(input, weight_size, grad_output, stride, padding, dilation, groups, backend):
     return _empty(input, weight_size, _format(input, grad_output))
 
 

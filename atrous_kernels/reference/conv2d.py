@@ -1,6 +1,6 @@
 """2-D convolution and its two gradients, tap by tap over the positions where the tap reads real input.
 
-    output[n, o, y, x] = bias[o] + sum over c, i, j of weight[o, c, i, j] * input[n, c, y*stride - padding + i*dilation, ...]
+output[n, o, y, x] = bias[o] + sum over c, i, j of weight[o, c, i, j] * input[n, c, y*stride - padding + i*dilation, ...]
 """
 
 from __future__ import annotations
@@ -108,7 +108,5 @@ def conv2d_weight(
     g = grad_output.to(dtype).reshape(batch, groups, out_channels // groups, *out_size)
     grad = torch.zeros(groups, out_channels // groups, channels // groups, *kernel, dtype=dtype, device=input.device)
     for i, j, at_out, at_in in _valid_taps(in_size, out_size, kernel, stride, padding, dilation):
-        grad[..., i, j] = torch.einsum(
-            "ngohw,ngchw->goc", g[..., at_out[0], at_out[1]], x[..., at_in[0], at_in[1]]
-        )
+        grad[..., i, j] = torch.einsum("ngohw,ngchw->goc", g[..., at_out[0], at_out[1]], x[..., at_in[0], at_in[1]])
     return grad.reshape(list(weight_size)).to(input.dtype)

@@ -1,0 +1,39 @@
+# Everything on a fresh machine: `make demo` and `make test`. Both create .venv when it is missing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The lines of the C++/CUDA build; the install is redone when one of them changes.
+SOURCES := setup.py CMakeLists.txt pyproject.toml constraints.txt $(shell find csrc -type f 2>/dev/null)
+EXTRAS := segmodels,weights,test,lint
+
+.PHONY: install demo test lint bench clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.tools: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch==2.13.0 numpy setuptools wheel pybind11 cmake ninja
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.tools $(SOURCES)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[$(EXTRAS)]"
+	$(BIN)/pip install -q -c constraints.txt --no-deps triton || echo "Triton is not available here: going on without it"
+	touch $@
+	$(BIN)/python -m atrous_kernels
+
+demo: install
+	$(BIN)/python -m segmodels.demo
+
+test: install
+	$(BIN)/python -m pytest -q
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: install
+	$(BIN)/python benchmarks/bench_conv2d.py
+
+clean:
+	rm -rf build *.egg-info atrous_kernels/_lib atrous_kernels/*.so
