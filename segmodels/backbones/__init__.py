@@ -1,0 +1,20 @@
+"""Backbones by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from segmodels.backbones.base import OUTPUT_STRIDES, Backbone
+from segmodels.backbones.efficientnet_lite import EfficientNetLite
+from segmodels.backbones.mobilenetv2 import MobileNetV2
+from segmodels.backbones.resnet import ResNet
+
+#: name -> constructor; takes ``output_stride`` and the backbone's own options
+BACKBONES: dict[str, Callable[..., Backbone]] = {
+    **{f"resnet{depth}": partial(ResNet, depth) for depth in (18, 34, 50, 101, 152)},
+    "mobilenetv2": MobileNetV2,
+    **{f"efficientnet_lite{variant}": partial(EfficientNetLite, variant) for variant in range(5)},
+}
+
+__all__ = ["BACKBONES", "OUTPUT_STRIDES", "Backbone", "EfficientNetLite", "MobileNetV2", "ResNet"]

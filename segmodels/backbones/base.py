@@ -1,0 +1,103 @@
+"""What every backbone shares: the output contract, and the change of output stride in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from atrous_kernels.functional import conv2d
+from atrous_kernels.nn import Conv2d
+
+OUTPUT_STRIDES = (8, 16, 32)
+
+
+class Geometry(NamedTuple):
+    """How one block runs: ``stride`` and ``first_rate`` of its strided convolution, ``rate`` of those after it."""
+
+    stride: int
+    first_rate: int
+    rate: int
+
+
+class Backbone(nn.Module):
+    """A classification network without its classifier.
+
+    ``forward`` returns ``{"low": [N, c, H/4, W/4], "aux": [N, c, ...], "out": [N, c, H/output_stride, W/output_stride]}``
+    (sizes rounded up); the channel counts are in ``channels``. ``"aux"`` are the features before the last stage.
+
+    Attributes:
+        channels: ``{"low": int, "aux": int, "out": int}``.
+        output_stride: 8, 16 or 32; change it with :meth:`set_output_stride`.
+        classifier_prefixes: keys of a published classification file that have no place here.
+    """
+
+    channels: dict[str, int]
+    output_stride: int = 32
+    classifier_prefixes: tuple[str, ...] = ()
+
+    def set_output_stride(self, output_stride: int) -> None:
+        """Run the stages beyond ``output_stride`` densely, with rates in place of their strides. Weights are untouched.
+
+        A block whose stride is removed keeps the rate in force before it in its strided convolution, since that convolution
+        still reads the map it was trained on; everything after it doubles its rate. So the features at the positions that
+        the strided network keeps are the same numbers (DeepLabv3, section 3.1; the convention of torchvision).
+
+        Raises:
+            ValueError: ``output_stride`` is not 8, 16 or 32.
+        """
+        if output_stride not in OUTPUT_STRIDES:
+            raise ValueError(f"output_stride={output_stride!r}: expected one of {', '.join(map(str, OUTPUT_STRIDES))}")
+        self._apply_output_stride(output_stride)
+        self.output_stride = output_stride
+
+    def _apply_output_stride(self, output_stride: int) -> None:
+        raise NotImplementedError(f"{type(self).__name__} does not define how it changes its output stride")
+
+
+def plan_geometry(native_strides: Sequence[int], stem_stride: int, output_stride: int) -> Iterator[Geometry]:
+    """Geometry per block when no more than ``output_stride`` of ``stem_stride * prod(native_strides)`` may be strided."""
+    stride_so_far, rate = stem_stride, 1
+    for native in native_strides:
+        first_rate = rate
+        if stride_so_far * native <= output_stride:
+            stride_so_far *= native
+            yield Geometry(native, first_rate, rate)
+        else:
+            rate *= native
+            yield Geometry(1, first_rate, rate)
+
+
+def set_geometry(conv: nn.Conv2d, stride: int, rate: int) -> None:
+    """Set stride and rate of an odd-sized kernel in place, with the zeros that keep it centred."""
+    conv.stride = (stride, stride)
+    conv.dilation = (rate, rate)
+    conv.padding = (rate * (conv.kernel_size[0] - 1) // 2, rate * (conv.kernel_size[1] - 1) // 2)
+
+
+def scaled_width(width: int, multiplier: float) -> int:
+    """``width * multiplier`` rounded to a multiple of 8, never below 90 % of it (the MobileNets' rule)."""
+    scaled = width * multiplier
+    rounded = max(8, int(scaled + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * scaled else rounded
+
+
+class SamePaddedConv2d(Conv2d):
+    """Convolution with TensorFlow's ``SAME`` zeros, for weights that were trained with them.
+
+    At stride 1, and at stride 2 on an odd size, these are the centred zeros of :func:`set_geometry`. At stride 2 on an even
+    size there is one zero less, taken from the top and the left, so that windows start one pixel later.
+    """
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # SAME on an even size at stride 2 starts the windows one pixel later. The op only knows symmetric zeros: it gets
+        # the front's, and the missing ones behind are written out.
+        shift_h, shift_w = ((n - 1) % s for n, s in zip(input.shape[2:], self.stride, strict=True))
+        if not (shift_h or shift_w):
+            return super()._conv_forward(input, weight, bias)
+        front = (self.dilation[0] * (self.kernel_size[0] - 1) // 2 - shift_h,
+                 self.dilation[1] * (self.kernel_size[1] - 1) // 2 - shift_w)  # fmt: skip
+        input = F.pad(input, (0, shift_w, 0, shift_h))
+        return conv2d(input, weight, bias, self.stride, front, self.dilation, self.groups, backend=self.backend)

@@ -1,0 +1,72 @@
+"""Reading published weights: safetensors, or PyTorch files that contain tensors and nothing else."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from zipfile import BadZipFile
+
+import torch
+from torch import Tensor
+
+from segmodels.backbones.base import Backbone
+
+
+def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors``, ``.pth`` or ``.pt`` file, on the CPU. No code of the file is ever run.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another kind of file, or one that holds more than named tensors; the message says what.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"weights file {str(file)!r} does not exist")
+    if file.suffix == ".safetensors":
+        try:
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(f"reading {str(file)!r} needs: pip install safetensors") from error
+        try:
+            return load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{str(file)!r} is not a readable safetensors file: {error}") from error
+    if file.suffix not in (".pth", ".pt"):
+        raise ValueError(
+            f"weights file {str(file)!r}: expected .safetensors, .pth or .pt, not {file.suffix or 'a name without suffix'!r}"
+        )
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, BadZipFile, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{str(file)!r} cannot be read as plain tensors (weights_only=True), so it is refused: {reason}"
+        ) from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{str(file)!r} holds {type(state).__name__}: expected a flat dictionary of named tensors")
+    return dict(state)
+
+
+def load_backbone(backbone: Backbone, state: Mapping[str, Tensor], source: str) -> None:
+    """Copy a published classification state_dict into ``backbone``; its classifier's tensors are left out.
+
+    Raises:
+        ValueError: names every missing, unexpected or mis-shaped tensor; nothing is copied.
+    """
+    expected = backbone.state_dict()
+    # A name of the classifier may begin like one of ours (EfficientNet's two _bn1): ours wins.
+    given = {k: v for k, v in state.items() if k in expected or not k.startswith(backbone.classifier_prefixes)}
+    problems = [f"missing {key}" for key in expected if key not in given and not key.endswith("num_batches_tracked")]
+    problems += [f"unexpected {key}" for key in given if key not in expected]
+    problems += [
+        f"{key} has shape {list(value.shape)}, expected {list(expected[key].shape)}"
+        for key, value in given.items()
+        if key in expected and value.shape != expected[key].shape
+    ]
+    if problems:
+        shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
+        raise ValueError(f"{source} does not fit {type(backbone).__name__}:\n  {shown}")
+    backbone.load_state_dict(given, strict=False)

@@ -1,0 +1,73 @@
+"""The contract of every segmentation model: torchvision's submodules and outputs."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from segmodels.backbones.base import Backbone
+
+
+class SegmentationModel(nn.Module):
+    """Backbone, classifier and, for training, an auxiliary classifier.
+
+    A subclass defines ``_classify(features) -> logits``. Input ``[N, 3, H, W]``, floating point, normalised as the backbone
+    was trained; any size from 1 x 1.
+
+    Raises:
+        TypeError: input is not a floating-point tensor.
+        ValueError: input is not ``[N, 3, H, W]``, or has no pixels.
+    """
+
+    def __init__(self, backbone: Backbone, classifier: nn.Module, aux_classifier: nn.Module | None = None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.classifier = classifier
+        self.aux_classifier = aux_classifier
+        self.set_output_stride(backbone.output_stride)
+
+    @property
+    def output_stride(self) -> int:
+        """Pixels of the image per pixel of the encoder's output."""
+        return self.backbone.output_stride
+
+    def set_output_stride(self, output_stride: int) -> None:
+        """Change stride and rates of the built, perhaps trained, model in place: 8, 16 or 32. Weights are untouched."""
+        self.backbone.set_output_stride(output_stride)
+        self.classifier.set_output_stride(output_stride)
+
+    def logits(self, x: Tensor) -> dict[str, Tensor]:
+        """``{"out": [N, num_classes, h, w]}`` before the final upsampling; with ``"aux"`` in training with aux_loss."""
+        check_input(x)
+        features = self.backbone(x)
+        out = {"out": self._classify(features)}
+        if self.training and self.aux_classifier is not None:
+            out["aux"] = self.aux_classifier(features["aux"])
+        return out
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """``{"out": [N, num_classes, H, W]}``, bilinear (``align_corners=False``); with ``"aux"`` as in :meth:`logits`."""
+        return {name: upsample(logits, x.shape[-2:]) for name, logits in self.logits(x).items()}
+
+    def _classify(self, features: dict[str, Tensor]) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} does not define its decoder")
+
+
+def upsample(x: Tensor, size: torch.Size) -> Tensor:
+    """Bilinear interpolation to ``size`` (height, width), pixel areas aligned (``align_corners=False``)."""
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def check_input(x: Tensor) -> None:
+    """Refuse what would fail somewhere inside the network with a message about something else."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"input: expected a tensor [N, 3, H, W], not {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"input of shape {list(x.shape)}: expected 4 dimensions [N, 3, H, W]")
+    if not x.is_floating_point():
+        raise TypeError(f"input of dtype {x.dtype}: expected normalised floating-point values")
+    if x.shape[1] != 3:
+        raise ValueError(f"input of shape {list(x.shape)}: expected 3 channels (RGB) in dimension 1, not {x.shape[1]}")
+    if x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"input of shape {list(x.shape)}: expected at least 1 x 1 pixels")

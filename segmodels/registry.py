@@ -1,0 +1,116 @@
+"""Models by name."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import inspect
+import os
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from segmodels.backbones import BACKBONES, Backbone
+from segmodels.backbones.efficientnet_lite import imagenet_file
+from segmodels.backbones.weights import load_backbone, read_state_dict
+from segmodels.models import SYSTEMS, SegmentationModel
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names that :func:`create_model` takes, sorted; ``pattern`` as in a shell, for example ``"deeplabv3plus_*"``."""
+    return fnmatch.filter(sorted(f"{system}_{backbone}" for system in SYSTEMS for backbone in BACKBONES), pattern)
+
+
+def create_model(
+    name: str,
+    num_classes: int = 21,
+    output_stride: int = 16,
+    *,
+    backbone: str | None = None,
+    multi_grid: Sequence[int] | None = None,
+    aux_loss: bool = False,
+    weights_backbone: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> SegmentationModel:
+    """A segmentation model, in training mode.
+
+    Args:
+        name: ``"deeplabv3_resnet50"`` (see :func:`list_models`), or a system's name with ``backbone=``.
+        num_classes: channels of the logits.
+        output_stride: 8, 16 or 32: how far the backbone may reduce the image; can be changed later with
+            ``model.set_output_stride``.
+        backbone: with a system's name only.
+        multi_grid: rate factors of the blocks of the last stage of a ResNet (DeepLabv3, section 3.2.1).
+        aux_loss: with an auxiliary head, active in training.
+        weights_backbone: None, ``"imagenet"`` (efficientnet_lite0, from its optional package) or a classification file
+            (``.safetensors``; ``.pth``/``.pt`` that holds tensors only).
+        options: of the system (:class:`segmodels.models.DeepLabV3`, :class:`segmodels.models.DeepLabV3Plus`: ``rates``,
+            ``separable``, ``image_pooling``, ``dropout``, ``head_channels`` ...) or of the backbone
+            (:class:`segmodels.backbones.ResNet`: ``first_block``; :class:`segmodels.backbones.MobileNetV2`:
+            ``width_mult``, ``padding``).
+
+    Raises:
+        ValueError: unknown name or a value outside what is expected; TypeError: unknown argument. Both name the closest.
+        FileNotFoundError, ModuleNotFoundError, ValueError: weights that are missing, unreadable or do not fit.
+    """
+    system_name, backbone_name = _split_name(name, backbone)
+    system = SYSTEMS[system_name]
+    build_backbone = BACKBONES[backbone_name]
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"num_classes={num_classes!r}: expected a positive integer")
+    if not isinstance(aux_loss, bool):
+        raise ValueError(f"aux_loss={aux_loss!r}: expected True or False")
+    if multi_grid is not None:
+        options["multi_grid"] = multi_grid
+    backbone_keys = _keywords(build_backbone) - {"output_stride"}
+    system_keys = _keywords(system) - {"backbone", "num_classes", "aux_loss"}
+    for key in options:
+        if key not in backbone_keys | system_keys:
+            raise TypeError(
+                f"create_model({name!r}) has no argument {key!r}{_closest(key, backbone_keys | system_keys)}; "
+                f"{system_name} takes {', '.join(sorted(system_keys))}; {backbone_name} takes "
+                f"{', '.join(sorted(backbone_keys)) or 'none'}"
+            )
+    features = build_backbone(output_stride=output_stride, **{k: options[k] for k in options if k in backbone_keys})
+    if weights_backbone is not None:
+        _load_weights(features, backbone_name, weights_backbone)
+    return system(features, num_classes, aux_loss=aux_loss, **{k: options[k] for k in options if k in system_keys})
+
+
+def _split_name(name: str, backbone: str | None) -> tuple[str, str]:
+    if backbone is None:
+        system, _, backbone_name = name.partition("_")
+        if system in SYSTEMS and not backbone_name:
+            raise ValueError(
+                f"model {name!r} needs a backbone: create_model({name!r}, backbone={next(iter(BACKBONES))!r})"
+            )
+        if system not in SYSTEMS or backbone_name not in BACKBONES:
+            raise ValueError(f"unknown model {name!r}{_closest(name, list_models())}; list_models() has all names")
+        return system, backbone_name
+    if name not in SYSTEMS:
+        hint = "; the name already has a backbone" if name in list_models() else _closest(name, SYSTEMS)
+        raise ValueError(f"with backbone={backbone!r}, name={name!r}: expected one of {', '.join(SYSTEMS)}{hint}")
+    if backbone not in BACKBONES:
+        raise ValueError(
+            f"unknown backbone {backbone!r}{_closest(backbone, BACKBONES)}; expected one of {', '.join(BACKBONES)}"
+        )
+    return name, backbone
+
+
+def _load_weights(backbone: Backbone, name: str, source: str | os.PathLike[str]) -> None:
+    if source == "imagenet":
+        if name != "efficientnet_lite0":
+            raise ValueError(
+                f"weights_backbone='imagenet' exists for efficientnet_lite0 only; for {name} give the path of a "
+                "classification file (.safetensors, .pth or .pt)"
+            )
+        source = imagenet_file()
+    load_backbone(backbone, read_state_dict(source), os.fspath(source))
+
+
+def _keywords(builder: Callable[..., Any]) -> set[str]:
+    return set(inspect.signature(builder).parameters)
+
+
+def _closest(word: str, known: Collection[str]) -> str:
+    matches = difflib.get_close_matches(str(word), list(known), n=3, cutoff=0.5)
+    return f" (did you mean {' or '.join(matches)}?)" if matches else ""
