@@ -134,9 +134,12 @@ def _by_name(op: str, problem: ConvProblem, name: str) -> Implementation:
 
 
 def _automatic(op: str, problem: ConvProblem) -> Implementation:
-    for implementation in _implementations[op]:
-        if implementation.can_run(problem) is None and implementation.loses(problem) is None:
+    able = [implementation for implementation in _implementations[op] if implementation.can_run(problem) is None]
+    for implementation in able:
+        if implementation.loses(problem) is None:
             return implementation
+    if able:  # nothing is known to be fast, but the call can be answered
+        return able[0]
     raise RuntimeError(f"{op}: no implementation can run {problem}")
 
 

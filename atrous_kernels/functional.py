@@ -106,7 +106,10 @@ def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         if not isinstance(value, Tensor) and not (name == "bias" and value is None):
             raise TypeError(f"conv2d(): argument '{name}' must be Tensor, not {type(value).__name__}")
     if weight.dim() != 4:
-        raise RuntimeError(f"expected a 4-dimensional weight [O, C/groups, kh, kw], but got size {list(weight.shape)}")
+        raise RuntimeError(
+            f"Expected {weight.dim()}-dimensional input for {weight.dim()}-dimensional weight {list(weight.shape)}, which "
+            f"conv2d() does not take: it expects a 4-dimensional weight [O, C/groups, kh, kw]"
+        )
     if input.dim() not in (3, 4):
         raise RuntimeError(
             f"Expected 3D (unbatched) or 4D (batched) input to conv2d, but got input of size: {list(input.shape)}"

@@ -50,6 +50,7 @@ def _format(*tensors: Tensor) -> torch.memory_format:
 
 def _dense(tensor: Tensor) -> Tensor:
     """Kernels read dense NCHW or NHWC; anything else is copied into the layout that its strides suggest."""
+    tensor = tensor.resolve_conj()
     if tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last):
         return tensor
     return tensor.contiguous(memory_format=_format(tensor))
@@ -184,17 +185,16 @@ def _conv2d_weight_fake(input, weight_size, grad_output, stride, padding, dilati
     return _empty(input, weight_size, _format(input, grad_output))
 
 
-# Autograd -------------------------------------------------------------------------------------------------------------
+# Autograd (conj() is free on real tensors) -----------------------------------------------------------------------------
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.geometry = inputs[3:]
-    ctx.sizes = [x.shape if isinstance(x, Tensor) else x for x in inputs[:2]]
     ctx.save_for_backward(*(x for x in inputs[:3] if isinstance(x, Tensor)))
 
 
 def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    input, weight = ctx.saved_tensors[:2]
+    input, weight = (tensor.conj() for tensor in ctx.saved_tensors[:2])
     needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     grad_input = conv2d_input(input.shape, weight, grad, *ctx.geometry) if needs_input else None
     grad_weight = conv2d_weight(input, weight.shape, grad, *ctx.geometry) if needs_weight else None
@@ -203,7 +203,7 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _conv2d_input_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    weight, grad_output = ctx.saved_tensors
+    weight, grad_output = (tensor.conj() for tensor in ctx.saved_tensors)
     _, needs_weight, needs_grad_output = ctx.needs_input_grad[:3]
     grad_weight = conv2d_weight(grad, weight.shape, grad_output, *ctx.geometry) if needs_weight else None
     grad_grad_output = conv2d(grad, weight, None, *ctx.geometry) if needs_grad_output else None
@@ -211,7 +211,7 @@ def _conv2d_input_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _conv2d_weight_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    input, grad_output = ctx.saved_tensors
+    input, grad_output = (tensor.conj() for tensor in ctx.saved_tensors)
     needs_input, _, needs_grad_output = ctx.needs_input_grad[:3]
     grad_input = conv2d_input(input.shape, grad, grad_output, *ctx.geometry) if needs_input else None
     grad_grad_output = conv2d(input, grad, None, *ctx.geometry) if needs_grad_output else None
@@ -274,6 +274,8 @@ def _framework_backward(
 
 def _framework_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
     stride, padding, dilation, groups = geometry
+    if input.is_complex():  # aten.convolution has no complex CPU kernel; aten.conv2d composes it from real ones
+        return torch.ops.aten.conv2d(input, weight, bias, stride, padding, dilation, groups)
     return torch.ops.aten.convolution(input, weight, bias, stride, padding, dilation, False, [0, 0], groups)
 
 
@@ -301,6 +303,10 @@ def _always(problem: ConvProblem) -> None:
     return None
 
 
+def _framework_backward_can_run(problem: ConvProblem) -> str | None:
+    return f"the framework has no backward for {problem.dtype}" if problem.dtype.is_complex else None
+
+
 def _cpu_loses(problem: ConvProblem) -> str | None:
     return "not timed yet"
 
@@ -313,10 +319,10 @@ def _last_resort(problem: ConvProblem) -> str | None:
     return "plain PyTorch, tap by tap: for checking, not for speed"
 
 
-for _name, _framework in (
-    ("conv2d", _framework_conv2d),
-    ("conv2d_input", _framework_conv2d_input),
-    ("conv2d_weight", _framework_conv2d_weight),
+for _name, _framework, _framework_can_run in (
+    ("conv2d", _framework_conv2d, _always),
+    ("conv2d_input", _framework_conv2d_input, _framework_backward_can_run),
+    ("conv2d_weight", _framework_conv2d_weight, _framework_backward_can_run),
 ):
 
     def _native(*args: Any, _name: str = _name) -> Tensor:
@@ -328,7 +334,7 @@ for _name, _framework in (
             Implementation("cpu", _native, _cpu_can_run, _cpu_loses),
             Implementation("triton", getattr(triton, _name), triton.can_run, _gpu_unmeasured),
             Implementation("cuda", _native, _cuda_can_run, _gpu_unmeasured),
-            Implementation("torch", _framework, _always, _always),
+            Implementation("torch", _framework, _framework_can_run, _always),
             Implementation("reference", getattr(reference, _name), _always, _last_resort),
         ],
     )
