@@ -28,9 +28,7 @@ DATASETS: dict[str, tuple[type[SegmentationDataset], tuple[str, ...] | None]] = 
 }
 
 
-def create_dataset(
-    name: str, root: str | Path | None = None, split: str = "train", **options: Any
-) -> SegmentationDataset:
+def create_dataset(name: str, root: str | Path | None = None, split: str = "train", **options: Any) -> SegmentationDataset:
     """Opens a data set.
 
     Args:
@@ -54,4 +52,4 @@ def create_dataset(
         raise ValueError(f"unknown split {split!r} of dataset {name!r}; expected one of {', '.join(splits)}")
     if root is not None or name != "synthetic":
         options["root"] = root
-    return kind(split=split, **options)  # type: ignore[call-arg]
+    return kind(split=split, **options)

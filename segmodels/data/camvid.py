@@ -42,9 +42,7 @@ class CamVid(PairedFiles):
 
     def __init__(self, root: str | Path | None, split: str = "train"):
         folder = find_root(root, "camvid", f"{split}/images and {split}/labels")
-        images, masks = first_layout(
-            folder, "camvid", [(f"{split}/images", f"{split}/labels"), (split, f"{split}annot")]
-        )
+        images, masks = first_layout(folder, "camvid", [(f"{split}/images", f"{split}/labels"), (split, f"{split}annot")])
         pairs = match_masks(list_by_stem(images, IMAGE_SUFFIXES, "images"), masks)
         colors = np.array(list(_CLASSES.values()), np.uint8)
         super().__init__(pairs, list(_CLASSES), colors, split, folder, void_ids=(VOID_ID,))

@@ -13,8 +13,8 @@ IGNORE_INDEX = 255
 
 
 def voc_colormap(count: int) -> np.ndarray:
-    """The PASCAL VOC colour map, uint8 ``[count, 3]``: the bits of the class id, dealt in threes to R, G, B, high bits first
-    (VOC development kit, ``VOClabelcolormap.m``)."""
+    """The PASCAL VOC colour map, uint8 ``[count, 3]``: the bits of the class id, dealt in threes to R, G, B, high bits
+    first (VOC development kit, ``VOClabelcolormap.m``)."""
     ids = np.arange(count)
     colors = np.zeros((count, 3), np.uint8)
     for level in range(8):
@@ -100,22 +100,23 @@ class PairedFiles(SegmentationDataset):
         return self.pairs[self._check(index)][0].stem
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """As the base class. Raises DataError for files that are unreadable, truncated, of different sizes, or hold a label
-        outside the classes (with its value and position)."""
+        """As the base class. Raises DataError for files that are unreadable, truncated, of different sizes, or hold a
+        label outside the classes (with its value and position)."""
         image_path, mask_path = self.pairs[self._check(index)]
         image, label = read_image(image_path), read_mask(mask_path)
         if image.shape[:2] != label.shape:
             raise DataError(
-                f"{mask_path}: the mask is {label.shape[1]}x{label.shape[0]} (width x height) but its image {image_path} is "
-                f"{image.shape[1]}x{image.shape[0]}; expected equal sizes"
+                f"{mask_path}: the mask is {label.shape[1]}x{label.shape[0]} (width x height) but its image "
+                f"{image_path} is {image.shape[1]}x{image.shape[0]}; expected equal sizes"
             )
         outside = ~self._valid[label]
         if outside.any():
             rows, columns = np.nonzero(outside)
             void = ", ".join(str(value) for value in sorted({*self._void_ids, IGNORE_INDEX}))
             raise DataError(
-                f"{mask_path}: label {label[rows[0], columns[0]]} at row {rows[0]}, column {columns[0]} ({rows.size} such pixels); "
-                f"expected 0..{self.num_classes - 1} ({self.classes[0]} .. {self.classes[-1]}) or void ({void})"
+                f"{mask_path}: label {label[rows[0], columns[0]]} at row {rows[0]}, column {columns[0]} "
+                f"({rows.size} such pixels); expected 0..{self.num_classes - 1} "
+                f"({self.classes[0]} .. {self.classes[-1]}) or void ({void})"
             )
         return image, self._remap[label]
 

@@ -1,8 +1,8 @@
 """Reading images and masks from disk, with errors that name the file and what was expected of it.
 
-``cv2.imread`` prints a warning and returns ``None`` (or, in some builds, half a picture) for a truncated file, and expands
-palette masks to colours. Both would spoil a training run silently, so the bytes are checked before they are decoded, and masks
-are read as stored indices.
+``cv2.imread`` prints a warning and returns ``None`` (in OpenCV 4, half a picture) for a truncated file, and expands palette
+masks to colours. Both would spoil a training run silently, so the bytes are checked before they are decoded, and masks are
+read as stored indices.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def read_bytes(path: Path) -> bytes:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); expected an image file") from error
     if not data:
         raise DataError(f"{path}: the file is empty; expected an image")
-    # Entropy-coded data never holds the scan marker, so an end marker before the last scan belongs to an embedded thumbnail.
+    # Entropy-coded data never holds the scan marker: an end marker before the last scan belongs to an embedded thumbnail.
     if data.startswith(_JPEG_START) and data.rfind(_JPEG_END) <= data.rfind(_JPEG_SCAN):
         raise DataError(f"{path}: truncated JPEG, the {len(data)} bytes end without an end-of-image marker (FF D9)")
     if data.startswith(_PNG_START) and _PNG_END not in data:
@@ -46,8 +46,8 @@ def read_image(path: str | Path, *, exif_orientation: bool = False) -> np.ndarra
 
     Args:
         path: a file in any format OpenCV decodes (JPEG, PNG, BMP, TIFF, ...).
-        exif_orientation: turn the picture as its EXIF tag says. Off by default, because the masks of a data set are drawn on
-            the stored pixel grid and carry no such tag.
+        exif_orientation: turn the picture as its EXIF tag says. Off by default, because the masks of a data set are
+            drawn on the stored pixel grid and carry no such tag.
 
     Returns:
         uint8 ``[H, W, 3]``, RGB, contiguous.
@@ -74,7 +74,8 @@ def read_mask(path: str | Path) -> np.ndarray:
         uint8 ``[H, W]``.
 
     Raises:
-        DataError: the file is missing, truncated, not an image, or not one 8-bit channel (a colour picture has lost its ids).
+        DataError: the file is missing, truncated, not an image, or not one 8-bit channel (a colour picture has lost its
+            ids).
     """
     path = Path(path)
     data = read_bytes(path)
@@ -86,7 +87,7 @@ def read_mask(path: str | Path) -> np.ndarray:
                     "(grey 'L' or palette 'P')"
                 )
             return np.array(picture, dtype=np.uint8)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:  # SyntaxError: Pillow's broken-PNG error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:  # SyntaxError: Pillow's for broken PNGs
         raise DataError(f"{path}: cannot be decoded as a mask ({error})") from error
 
 
@@ -97,7 +98,8 @@ def list_by_stem(folder: Path, suffixes: tuple[str, ...], what: str) -> dict[str
         if path.suffix.lower() not in suffixes or path.name.startswith("."):
             continue
         if path.stem in found:
-            raise DataError(f"{folder}: two {what} share the stem {path.stem!r}: {found[path.stem].name} and {path.name}")
+            both = f"{found[path.stem].name} and {path.name}"
+            raise DataError(f"{folder}: two {what} share the stem {path.stem!r}: {both}")
         found[path.stem] = path
     if not found:
         raise DataError(f"{folder}: no {what} here; expected files ending in {', '.join(suffixes)}")
@@ -111,12 +113,12 @@ def find_root(root: str | Path | None, dataset: str, layout: str) -> Path:
     path = Path(root).expanduser()
     if not path.is_dir():
         state = "is a file" if path.is_file() else "does not exist"
-        raise DataError(f"{path}: the root folder of dataset {dataset!r} {state}; expected a folder that holds {layout}")
+        raise DataError(f"{path}: the root of dataset {dataset!r} {state}; expected a folder that holds {layout}")
     return path
 
 
 def first_layout(root: Path, dataset: str, layouts: list[tuple[str, str]]) -> tuple[Path, Path]:
-    """The first (images, masks) pair of folders that exists under ``root``; DataError lists all that were looked for."""
+    """The first (images, masks) folders that both exist under ``root``; DataError lists all that were looked for."""
     for images, masks in layouts:
         if (root / images).is_dir() and (root / masks).is_dir():
             return root / images, root / masks
@@ -126,7 +128,7 @@ def first_layout(root: Path, dataset: str, layouts: list[tuple[str, str]]) -> tu
 
 
 def match_masks(images: dict[str, Path], masks: Path, suffix: str = "") -> list[tuple[Path, Path]]:
-    """Pairs every image with the mask of its stem (+ ``suffix``). DataError names the first missing mask and counts the rest."""
+    """Pairs every image with the mask of its stem (+ ``suffix``). DataError names the first missing mask."""
     available = {path.stem: path for path in masks.iterdir() if path.suffix.lower() in MASK_SUFFIXES}
     missing = [stem for stem in images if stem + suffix not in available]
     if missing:

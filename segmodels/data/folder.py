@@ -21,7 +21,8 @@ class Folder(PairedFiles):
 
     1. ``<root>/<split>/images`` + ``<root>/<split>/masks``
     2. ``<root>/images/<split>`` + ``<root>/masks/<split>``
-    3. ``<root>/images`` + ``<root>/masks``, restricted to the stems in ``<root>/<split>.txt`` (``split="all"``: no list, all files)
+    3. ``<root>/images`` + ``<root>/masks``, restricted to the stems in ``<root>/<split>.txt`` (``split="all"``: no list,
+       all files)
 
     Args:
         root: the folder.
@@ -46,8 +47,11 @@ class Folder(PairedFiles):
         void_ids: Sequence[int] = (),
     ):
         folder = find_root(root, "folder", f"{images} and {masks}, or {split}/{images} and {split}/{masks}")
-        layouts = [(f"{split}/{images}", f"{split}/{masks}"), (f"{images}/{split}", f"{masks}/{split}"), (images, masks)]
-        image_folder, mask_folder = first_layout(folder, "folder", layouts)
+        image_folder, mask_folder = first_layout(
+            folder,
+            "folder",
+            [(f"{split}/{images}", f"{split}/{masks}"), (f"{images}/{split}", f"{masks}/{split}"), (images, masks)],
+        )
         found = list_by_stem(image_folder, IMAGE_SUFFIXES, "images")
         if image_folder == folder / images and split != "all":
             found = _restrict(found, folder / f"{split}.txt", image_folder)
@@ -67,8 +71,8 @@ def _restrict(found: dict[str, Path], list_file: Path, image_folder: Path) -> di
     stems = [line.strip() for line in list_file.read_text().splitlines() if line.strip()]
     lost = [stem for stem in stems if stem not in found]
     if lost or not stems:
-        what = f"{len(lost)} of {len(stems)} listed stems, first {lost[0]!r}," if lost else "the list is empty: its stems"
-        raise DataError(f"{list_file}: {what} not found in {image_folder}; expected one image stem per line, without suffix")
+        problem = f"{len(lost)} of {len(stems)} stems not in {image_folder}, first {lost[0]!r}" if lost else "empty list"
+        raise DataError(f"{list_file}: {problem}; expected one image stem per line, without suffix")
     return {stem: found[stem] for stem in stems}
 
 

@@ -1,8 +1,8 @@
 """Loading that resumes to the same bits.
 
-Order and augmentation are functions of ``(seed, epoch, index)`` alone: neither the number of workers nor an interruption
-changes what the network sees. The position is counted where batches are handed to the training loop, not where workers
-prefetch, so a checkpoint taken after step ``k`` continues with batch ``k + 1``.
+Order and augmentation are functions of ``(seed, epoch, index)`` alone: neither the number of workers nor an
+interruption changes what the network sees. The position is counted where batches are handed to the training loop, not
+where workers prefetch, so a checkpoint taken after step ``k`` continues with batch ``k + 1``.
 """
 
 from __future__ import annotations
@@ -76,13 +76,14 @@ class TransformedDataset(Dataset[Tensors]):
             return self.dataset[index]
         if index not in self._cache:
             image, label = self.dataset[index]
-            image.flags.writeable = label.flags.writeable = False  # a transform that writes in place would spoil later epochs
+            # A transform that writes in place would spoil all later epochs; make it fail instead.
+            image.flags.writeable = label.flags.writeable = False
             self._cache[index] = image, label
         return self._cache[index]
 
 
 class ResumableSampler(Sampler[tuple[int, int]]):
-    """Yields the ``(epoch, index)`` keys of the rest of the current epoch, from a permutation drawn from ``(seed, epoch)``.
+    """Yields the ``(epoch, index)`` keys of the rest of the current epoch, permuted as ``(seed, epoch)`` says.
 
     Iterating does not move the position; :meth:`advance` does, called with the number of samples that were used.
 
@@ -98,7 +99,9 @@ class ResumableSampler(Sampler[tuple[int, int]]):
             raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
         size = length - length % batch_size if drop_last else length
         if size < 1:
-            raise ValueError(f"{length} items give no batch of {batch_size} (drop_last={drop_last}); expected at least one")
+            raise ValueError(
+                f"{length} items give no batch of {batch_size} with drop_last={drop_last}; expected one or more"
+            )
         self.length, self.seed, self.shuffle = length, seed, shuffle
         self.batch_size, self.drop_last, self.epoch_size = batch_size, drop_last, size
         self.epoch = 0
@@ -136,7 +139,10 @@ class ResumableSampler(Sampler[tuple[int, int]]):
         """Continues where ``state`` was taken. Raises ValueError where the order would not be the same."""
         for key, mine in self._order_settings().items():
             if state[key] != mine:
-                raise ValueError(f"cannot resume the sampler: {key} was {state[key]!r} and is now {mine!r}; the order would change")
+                raise ValueError(
+                    f"cannot resume the sampler: {key} was {state[key]!r} and is now {mine!r}; expected the same, else the "
+                    "order changes"
+                )
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
 
     def _order_settings(self) -> dict[str, Any]:
@@ -144,10 +150,10 @@ class ResumableSampler(Sampler[tuple[int, int]]):
 
 
 class ResumableLoader:
-    """Iterates over the batches that are left in the current epoch: float32 ``[N, 3, H, W]`` and int64 ``[N, H, W]``.
+    """Iterates over the batches left in the current epoch: float32 ``[N, 3, H, W]`` and int64 ``[N, H, W]``.
 
-    A batch counts as used from the moment it is handed out. ``for batch in loader`` ends with the epoch; the next ``for``
-    begins the next one. ``len(loader)`` is the number of batches of a whole epoch.
+    A batch counts as used from the moment it is handed out. ``for batch in loader`` ends with the epoch; the next
+    ``for`` begins the next one. ``len(loader)`` is the number of batches of a whole epoch.
     """
 
     def __init__(self, dataset: TransformedDataset, sampler: ResumableSampler, workers: int = 0, pin_memory: bool = False):

@@ -1,9 +1,9 @@
 """Augmentation of an image with its label map.
 
-Every transform is a callable ``(image, label, rng) -> (image, label)`` on ``uint8 [H, W, 3]`` RGB and ``uint8 [H, W]``. All
-randomness comes from ``rng``, a ``numpy.random.Generator``, so equal generators give equal bits. Images are resampled
-bilinearly, labels by the nearest neighbour of the same (half-pixel centred) grid. New pixels are the ImageNet mean in the
-image, zero after normalisation, and 255 in the label.
+Every transform is a callable ``(image, label, rng) -> (image, label)`` on ``uint8 [H, W, 3]`` RGB and ``uint8 [H, W]``.
+All randomness comes from ``rng``, a ``numpy.random.Generator``, so equal generators give equal bits. Images are
+resampled bilinearly, labels by the nearest neighbour on the same (half-pixel centred) grid. New pixels are the ImageNet
+mean in the image (zero after normalisation) and 255 in the label.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _resize(image: np.ndarray, label: np.ndarray, height: int, width: int) -> Pa
     if label.shape == (height, width):
         return image, label
     image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
-    # INTER_NEAREST takes the top-left source pixel, half a pixel away from INTER_LINEAR's grid; the EXACT one shares its grid.
+    # INTER_NEAREST takes the top-left source pixel, half a pixel off INTER_LINEAR's grid; the EXACT one shares it.
     return image, cv2.resize(label, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
 
 
@@ -84,14 +84,15 @@ class RandomScale:
 
     def __init__(self, minimum: float = 0.5, maximum: float = 2.0, step: float | None = None):
         if not 0 < minimum <= maximum or (step is not None and step <= 0):
-            raise ValueError(f"RandomScale({minimum}, {maximum}, step={step}): expected 0 < minimum <= maximum and step > 0")
+            given = f"RandomScale({minimum}, {maximum}, step={step})"
+            raise ValueError(f"{given}: expected 0 < minimum <= maximum and step > 0")
         self.minimum, self.maximum, self.step = minimum, maximum, step
 
     def __call__(self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> Pair:
         if self.step is None:
             factor = float(rng.uniform(self.minimum, self.maximum))
         else:
-            # A grid that does not divide the interval ends below its maximum; 1e-6 keeps 0.5, 0.75, .. 2.0 from losing its end.
+            # 1e-6: the quotient may come out just below a whole number, which would lose the maximum itself.
             steps = int((self.maximum - self.minimum) / self.step + 1e-6)
             factor = self.minimum + self.step * int(rng.integers(steps + 1))
         height, width = label.shape
@@ -102,13 +103,13 @@ class RandomScale:
 
 
 class RandomCrop:
-    """Cuts a window of exactly ``size`` at a random place; a smaller image is padded first, at a random place too, so that the
+    """Cuts a window of exactly ``size`` at a random place; a smaller image is padded, on random sides, so that the
     position of the padding tells the network nothing.
 
     Args:
         size: ``(height, width)`` or one number.
-        cat_max_ratio: draw again (ten times at most) while one class covers at least this share of the labelled pixels of
-            the window; 1 takes the first.
+        cat_max_ratio: draw again (``ATTEMPTS`` in all) while one class covers at least this share of the labelled
+            pixels of the window; 1 takes the first.
     """
 
     ATTEMPTS = 10
@@ -158,8 +159,8 @@ class RandomFlip:
 
 
 class ColorJitter:
-    """Multiplies brightness, contrast (about the image's mean grey) and saturation by factors drawn from ``1 - x .. 1 + x``.
-    Labels stay."""
+    """Multiplies brightness, contrast (about the image's mean grey) and saturation by factors drawn from
+    ``1 - x .. 1 + x``. Labels stay."""
 
     def __init__(self, brightness: float = 0.2, contrast: float = 0.2, saturation: float = 0.2):
         for name, value in (("brightness", brightness), ("contrast", contrast), ("saturation", saturation)):
@@ -196,7 +197,7 @@ class PadTo:
         if self.size is not None:
             bottom, right = max(0, self.size[0] - height), max(0, self.size[1] - width)
         else:
-            bottom, right = -height % self.multiple, -width % self.multiple  # type: ignore[operator]
+            bottom, right = -height % self.multiple, -width % self.multiple
         return _pad(image, label, 0, bottom, 0, right)
 
     def __repr__(self) -> str:

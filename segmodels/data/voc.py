@@ -9,17 +9,19 @@ from segmodels.data.files import DataError, find_root, missing_mask
 
 SPLITS = ("train", "train_aug", "val", "trainval")
 
-CLASSES = (
-    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
-    "pottedplant sheep sofa train tvmonitor"
-).split()
+# fmt: off
+CLASSES = [
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
+    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+]
+# fmt: on
 
 
 class VOC(PairedFiles):
-    """``<root>/JPEGImages/*.jpg``, ``SegmentationClass/*.png``, ``ImageSets/Segmentation/<split>.txt``; 21 classes, 255 is void.
+    """``<root>/JPEGImages/*.jpg``, ``SegmentationClass/*.png``, ``ImageSets/Segmentation/<split>.txt``.
 
-    Masks are palette images and are read as indices. Images of the augmented set (Hariharan et al. 2011) may have their masks
-    in ``SegmentationClassAug``; it is looked into where ``SegmentationClass`` has none.
+    21 classes, 255 is void. Masks are palette images and are read as indices. Images of the augmented set (Hariharan et
+    al. 2011) may have their masks in ``SegmentationClassAug``; it is looked into where ``SegmentationClass`` has none.
 
     Args:
         root: the folder that holds ``JPEGImages`` (in the official archive ``VOCdevkit/VOC2012``).
@@ -42,7 +44,8 @@ class VOC(PairedFiles):
 
         lost = [image for image, _ in pairs if not image.is_file()]
         if lost:
-            raise DataError(f"{lost[0]}: missing, listed in {lists / (split + '.txt')}; {len(lost)} of {len(pairs)} images are")
+            listed = lists / f"{split}.txt"
+            raise DataError(f"{lost[0]}: missing, but listed in {listed}; {len(lost)} of {len(pairs)} images are missing")
         augmented = folder / "SegmentationClassAug"
         pairs = [(i, m if m.is_file() else augmented / m.name) for i, m in pairs]
         without = [pair for pair in pairs if not pair[1].is_file()]
