@@ -31,11 +31,15 @@ class Backbone(nn.Module):
     Attributes:
         channels: ``{"low": int, "aux": int, "out": int}``.
         output_stride: 8, 16 or 32; change it with :meth:`set_output_stride`.
+        input_mean, input_std: of the normalisation ``(x - mean) / std`` of RGB in [0, 1] under which its published weights
+            were trained.
         classifier_prefixes: keys of a published classification file that have no place here.
     """
 
     channels: dict[str, int]
     output_stride: int = 32
+    input_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    input_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     classifier_prefixes: tuple[str, ...] = ()
 
     def set_output_stride(self, output_stride: int) -> None:

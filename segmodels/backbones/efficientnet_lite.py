@@ -8,7 +8,7 @@ Keys are those of the file in the PyPI package ``efficientnet-lite0-pytorch-mode
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -87,6 +87,12 @@ class EfficientNetLite(Backbone):
     """
 
     classifier_prefixes = ("_conv_head.", "_bn1.", "_fc.")
+    # TensorFlow's (x - 127) / 128; on VOC photographs the published weights find the class with more confidence so than with
+    # the ImageNet mean and deviation.
+    input_mean = (127 / 255,) * 3
+    input_std = (128 / 255,) * 3
+    _low_index: int
+    _aux_index: int
 
     def __init__(self, variant: int = 0, output_stride: int = 32) -> None:
         super().__init__()
@@ -130,8 +136,9 @@ class EfficientNetLite(Backbone):
         return features
 
     def _apply_output_stride(self, output_stride: int) -> None:
-        strides = [block.native_stride for block in self._blocks]
-        for block, geometry in zip(self._blocks, plan_geometry(strides, 2, output_stride), strict=True):
+        blocks = [cast(MBConv, block) for block in self._blocks]
+        plan = plan_geometry([block.native_stride for block in blocks], 2, output_stride)
+        for block, geometry in zip(blocks, plan, strict=True):
             block.set_geometry(geometry)
 
 

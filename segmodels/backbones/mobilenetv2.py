@@ -6,6 +6,8 @@ classifier and is left out.
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
 from atrous_kernels.nn import Conv2d
@@ -51,7 +53,8 @@ class InvertedResidual(nn.Module):
         return x + self.conv(x) if self.residual else self.conv(x)
 
     def set_geometry(self, geometry: Geometry) -> None:
-        set_geometry(self.conv[self.depthwise_index][0], geometry.stride, geometry.first_rate)
+        depthwise = cast(nn.Sequential, self.conv[self.depthwise_index])
+        set_geometry(cast(Conv2d, depthwise[0]), geometry.stride, geometry.first_rate)
 
 
 class MobileNetV2(Backbone):
@@ -110,7 +113,7 @@ class MobileNetV2(Backbone):
         return features
 
     def _apply_output_stride(self, output_stride: int) -> None:
-        blocks = list(self.features)[1:]
+        blocks = [cast(InvertedResidual, block) for block in list(self.features)[1:]]
         plan = plan_geometry([block.native_stride for block in blocks], 2, output_stride)
         for block, geometry in zip(blocks, plan, strict=True):
             block.set_geometry(geometry)

@@ -7,7 +7,7 @@ unchanged. Dilation and Multi_Grid: DeepLabv3, sections 3.1 and 3.2.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ DEPTHS = {
 class _Block(nn.Module):
     """What both residual blocks share: the projection of the shortcut and its stride."""
 
+    native_stride: int
     downsample: nn.Sequential | None
 
     def _init_shortcut(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -50,7 +51,7 @@ class _Block(nn.Module):
 
     def _set_shortcut_stride(self, stride: int) -> None:
         if self.downsample is not None:
-            set_geometry(self.downsample[0], stride, rate=1)
+            set_geometry(cast(Conv2d, self.downsample[0]), stride, rate=1)
 
 
 class BasicBlock(_Block):
@@ -119,6 +120,10 @@ class ResNet(Backbone):
     """
 
     classifier_prefixes = ("fc.",)
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
 
     def __init__(
         self,
@@ -159,7 +164,7 @@ class ResNet(Backbone):
 
     def _apply_output_stride(self, output_stride: int) -> None:
         stages = [self.layer1, self.layer2, self.layer3, self.layer4]
-        blocks = [block for stage in stages for block in stage]
+        blocks = [cast("BasicBlock | Bottleneck", block) for stage in stages for block in stage]
         grids = [1] * (len(blocks) - len(self.multi_grid)) + list(self.multi_grid)
         plan = plan_geometry([block.native_stride for block in blocks], 4, output_stride)
         for block, grid, (stride, first_rate, rate) in zip(blocks, grids, plan, strict=True):

@@ -1,4 +1,4 @@
-"""Reading published weights: safetensors, or PyTorch files that contain tensors and nothing else."""
+"""Published weights: safetensors, or PyTorch files that contain tensors and nothing else."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from zipfile import BadZipFile
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from segmodels.backbones.base import Backbone
 
@@ -53,10 +53,14 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def load_backbone(backbone: Backbone, state: Mapping[str, Tensor], source: str) -> None:
     """Copy a published classification state_dict into ``backbone``; its classifier's tensors are left out.
 
+    Files without BatchNorm, whose convolutions have biases instead (it was folded into them), load too: BatchNorm becomes the
+    identity plus that bias. That is exact in eval mode only; in training, batch statistics change the function at once.
+
     Raises:
         ValueError: names every missing, unexpected or mis-shaped tensor; nothing is copied.
     """
     expected = backbone.state_dict()
+    state = _unfold_batch_norm(state, expected, backbone)
     # A name of the classifier may begin like one of ours (EfficientNet's two _bn1): ours wins.
     given = {k: v for k, v in state.items() if k in expected or not k.startswith(backbone.classifier_prefixes)}
     problems = [f"missing {key}" for key in expected if key not in given and not key.endswith("num_batches_tracked")]
@@ -70,3 +74,25 @@ def load_backbone(backbone: Backbone, state: Mapping[str, Tensor], source: str) 
         shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
         raise ValueError(f"{source} does not fit {type(backbone).__name__}:\n  {shown}")
     backbone.load_state_dict(given, strict=False)
+
+
+def _unfold_batch_norm(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], backbone: Backbone
+) -> dict[str, Tensor]:
+    """Give every folded convolution (a bias that we do not have) a BatchNorm that only adds this bias."""
+    unfolded = dict(state)
+    for key, bias in state.items():
+        prefix, _, last = key.removesuffix(".bias").rpartition(".")
+        if not key.endswith(".bias") or key in expected or not last.isdigit():
+            continue
+        name = f"{prefix}.{int(last) + 1}"
+        if f"{name}.running_var" not in expected or f"{name}.running_var" in state:
+            continue
+        norm = backbone.get_submodule(name)
+        assert isinstance(norm, nn.BatchNorm2d)
+        del unfolded[key]
+        unfolded[f"{name}.weight"] = torch.ones_like(bias)
+        unfolded[f"{name}.bias"] = bias
+        unfolded[f"{name}.running_mean"] = torch.zeros_like(bias)
+        unfolded[f"{name}.running_var"] = torch.full_like(bias, 1 - norm.eps)
+    return unfolded

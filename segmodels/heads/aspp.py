@@ -7,6 +7,7 @@ the separable form is DeepLabv3+ (2018), section 3.1. Keys and order of the bran
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,9 @@ class ASPP(nn.Module):
         separable: atrous separable convolutions (DeepLabv3+, section 3.1).
         image_pooling: with the image-level branch.
         dropout: after the projection (torchvision 0.5, the paper's code 0.1).
+
+    Raises:
+        ValueError: an argument outside these.
     """
 
     def __init__(
@@ -89,6 +93,10 @@ class ASPP(nn.Module):
     ) -> None:
         super().__init__()
         self.rates = tuple(rates)
+        if not all(isinstance(rate, int) and rate >= 1 for rate in self.rates):
+            raise ValueError(f"rates={self.rates}: expected positive integers, for example (6, 12, 18), or ()")
+        if out_channels < 1:
+            raise ValueError(f"width of ASPP is {out_channels}: expected a positive integer")
         branches: list[nn.Module] = [conv_bn_relu(in_channels, out_channels)]
         branches += [conv_bn_relu(in_channels, out_channels, 3, rate, separable=separable) for rate in self.rates]
         if image_pooling:
@@ -102,7 +110,9 @@ class ASPP(nn.Module):
     def set_output_stride(self, output_stride: int) -> None:
         """Keep the field of view in image pixels: rates doubled at output stride 8 (section 3.3), halved at 32."""
         for branch, rate in zip(self.convs[1:], self.rates, strict=False):
-            set_geometry(branch[0], 1, max(1, rate * REFERENCE_STRIDE // output_stride))
+            set_geometry(
+                cast(Conv2d, cast(nn.Sequential, branch)[0]), 1, max(1, rate * REFERENCE_STRIDE // output_stride)
+            )
 
 
 class DeepLabHead(nn.Sequential):
@@ -130,4 +140,4 @@ class DeepLabHead(nn.Sequential):
 
     def set_output_stride(self, output_stride: int) -> None:
         """As :meth:`ASPP.set_output_stride`."""
-        self[0].set_output_stride(output_stride)
+        cast(ASPP, self[0]).set_output_stride(output_stride)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +21,9 @@ class SegmentationModel(nn.Module):
         TypeError: input is not a floating-point tensor.
         ValueError: input is not ``[N, 3, H, W]``, or has no pixels.
     """
+
+    backbone: Backbone
+    classifier: Any  # a module that has set_output_stride; its inputs are the system's own business
 
     def __init__(self, backbone: Backbone, classifier: nn.Module, aux_classifier: nn.Module | None = None) -> None:
         super().__init__()
