@@ -1,0 +1,217 @@
+"""conv2d beside what a user would pick instead, on the shapes of segmentation networks.
+
+    pytest benchmarks/bench_conv2d.py --benchmark-enable --benchmark-json=benchmarks/results/conv2d_cpu.json
+
+Every candidate of a case runs once per round, in a rotating order, in one process with the same threads: our automatic
+choice, our CPU kernels, the framework's convolution and torch.compile of it, each in both memory layouts. The time of a
+candidate is the median over rounds. Error is the largest difference from float64, relative to the root mean square of the
+float64 result.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import atrous_kernels as ak
+from atrous_kernels.ops.conv2d import problem_of
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One convolution of a segmentation network, "same" padding."""
+
+    name: str
+    batch: int
+    in_channels: int
+    out_channels: int
+    size: int
+    rate: int
+    backward: bool = False
+    dtype: torch.dtype = torch.float32
+    depthwise: bool = False
+    kernel: int = 3
+    stride: int = 1
+
+    def __str__(self) -> str:
+        kind = "depthwise " if self.depthwise else ""
+        width = f"{self.in_channels}" if self.depthwise else f"{self.in_channels}->{self.out_channels}"
+        what = "forward+backward" if self.backward else "forward"
+        dtype = str(self.dtype).removeprefix("torch.")
+        stride = f" stride {self.stride}" if self.stride > 1 else ""
+        return (
+            f"{self.name}: {kind}{self.kernel}x{self.kernel} {self.batch}x{width} {self.size}x{self.size}"
+            f"{stride} rate {self.rate} {dtype} {what}"
+        )
+
+
+def _cases() -> list[Case]:
+    cases = []
+    for size, rates in ((33, (6, 12, 18)), (65, (12, 24, 36))):
+        cases += [Case("ASPP", 1, 2048, 256, size, rate) for rate in rates]
+        cases += [Case("ASPP", 2, 2048, 256, size, rate, backward=True) for rate in rates]
+    cases += [Case("block4", 1, 512, 512, 65, rate) for rate in (1, 2, 4)]
+    cases += [Case("block4", 2, 512, 512, 33, rate, backward=True) for rate in (2, 4)]
+    cases += [Case("ASPP", 1, 2048, 256, 33, rate, dtype=torch.bfloat16) for rate in (6, 18)]
+    cases += [Case("projection", 1, 1280, 256, 33, 1, kernel=1)]
+    for backward in (False, True):
+        cases += [Case("separable ASPP", 1, 256, 256, 65, rate, backward, depthwise=True) for rate in (12, 36)]
+        cases += [Case("Xception", 1, 728, 728, 33, 2, backward, depthwise=True)]
+        cases += [Case("EfficientNet-Lite0", 8, 144, 144, 80, 1, backward, depthwise=True, kernel=5)]
+        cases += [Case("EfficientNet-Lite0", 8, 144, 144, 80, 1, backward, depthwise=True, kernel=5, stride=2)]
+    return cases
+
+
+CASES = _cases()
+
+
+def _call(case: Case, function: Callable[..., Tensor], x: Tensor, w: Tensor, g: Tensor) -> Callable[[], list[Tensor]]:
+    padding = case.rate * (case.kernel - 1) // 2
+    groups = case.in_channels if case.depthwise else 1
+
+    def forward() -> list[Tensor]:
+        with torch.no_grad():
+            return [function(x, w, None, case.stride, padding, case.rate, groups)]
+
+    def both() -> list[Tensor]:
+        out = function(x, w, None, case.stride, padding, case.rate, groups)
+        return [out.detach(), *torch.autograd.grad(out, (x, w), g)]
+
+    return both if case.backward else forward
+
+
+def candidates(case: Case) -> tuple[dict[str, Callable[[], list[Tensor]]], list[Tensor], Any]:
+    """Per name a call; the float64 truth; the problem in numbers."""
+    torch.manual_seed(0)
+    groups = case.in_channels if case.depthwise else 1
+    padding = case.rate * (case.kernel - 1) // 2
+    x = torch.randn(case.batch, case.in_channels, case.size, case.size).relu()
+    w = torch.randn(case.out_channels, case.in_channels // groups, case.kernel, case.kernel) * 0.02
+    x, w = x.to(case.dtype), w.to(case.dtype)
+    geometry = ((case.stride,) * 2, (padding,) * 2, (case.rate,) * 2, groups)
+    problem = problem_of(x.shape, w.shape, geometry, x, False)
+    g = torch.randn(case.batch, case.out_channels, *problem.out_size).to(case.dtype)
+    calls = {}
+    torch._dynamo.reset()
+    for layout, memory_format in LAYOUTS.items():
+        a, b, c = (t.contiguous(memory_format=memory_format) for t in (x, w, g))
+        for t in (a, b):
+            t.requires_grad_(case.backward)
+        for backend in ("auto", "cpu"):
+            calls[f"ours {backend} {layout}"] = _call(case, _ours(backend), a, b, c)
+        calls[f"torch {layout}"] = _call(case, F.conv2d, a, b, c)
+        calls[f"torch.compile {layout}"] = _call(case, torch.compile(F.conv2d, dynamic=False), a, b, c)
+    exact = _call(
+        case, F.conv2d, x.double().requires_grad_(case.backward), w.double().requires_grad_(case.backward), g.double()
+    )
+    return calls, exact(), problem
+
+
+def _ours(backend: str) -> Callable[..., Tensor]:
+    def call(*arguments: Any) -> Tensor:
+        return ak.conv2d(*arguments, backend=backend)
+
+    return call
+
+
+def _error(results: list[Tensor], truth: list[Tensor]) -> float:
+    """The worst of output and gradients."""
+    return max(
+        ((ours.double() - exact).abs().max() / exact.square().mean().sqrt()).item()
+        for ours, exact in zip(results, truth, strict=True)
+    )
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+@cache
+def ceilings(dtype: torch.dtype) -> tuple[float, float]:
+    """This machine, now: FLOP/s of a large matrix product and bytes/s (read plus written) of a large copy, best of ten."""
+    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+    source = torch.randn(2**25)
+    target = torch.empty_like(source)
+    product = min(_seconds(lambda: a @ b) for _ in range(10))
+    copy = min(_seconds(lambda: target.copy_(source)) for _ in range(10))
+    return 2 * 2048**3 / product, 2 * source.nbytes / copy
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_conv2d(benchmark: Any, case: Case) -> None:
+    calls, truth, problem = candidates(case)
+    errors = {name: _error(call(), truth) for name, call in calls.items()}  # also compiles
+    once = sum(_seconds(call) for call in calls.values())
+    rounds = min(max(int(6.0 / once), 7), 200)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    ours = "ours auto channels_last"
+    turn = 0
+
+    def others() -> None:
+        nonlocal turn
+        names = [name for name in calls if name != ours]
+        turn = (turn + 1) % len(names)
+        for name in names[turn:] + names[:turn]:
+            times[name].append(_seconds(calls[name]))
+
+    gc.disable()
+    try:
+        benchmark.pedantic(calls[ours], setup=others, rounds=rounds, warmup_rounds=1)
+    finally:
+        gc.enable()
+    times[ours] = list(benchmark.stats.stats.data) if benchmark.stats else [_seconds(calls[ours])]
+    passes = 3 if case.backward else 1
+    flops, bandwidth = ceilings(case.dtype)
+    floor = passes * problem.roofline_seconds(flops, bandwidth)
+    benchmark.extra_info.update(
+        case=str(case),
+        name=case.name,
+        backward=case.backward,
+        dtype=str(case.dtype).removeprefix("torch."),
+        rounds=rounds,
+        chosen={
+            layout: ak.explain("conv2d", *_shapes(case, memory_format)).chosen for layout, memory_format in LAYOUTS.items()
+        },
+        dense_gflop=passes * problem.dense_flops / 1e9,
+        valid_gflop=passes * problem.valid_flops / 1e9,
+        floor_ms=floor * 1e3,
+        peak_gflops=flops / 1e9,
+        copy_gbytes_per_second=bandwidth / 1e9,
+        candidates={
+            name: {
+                **{f"p{q}_ms": torch.tensor(t).quantile(q / 100).item() * 1e3 for q in (20, 50, 80)},
+                "error": errors[name],
+            }
+            for name, t in times.items()
+        },
+    )
+    # A benchmark of wrong results is worth nothing: fp32 sums of at most 18,432 products, bf16 rounds the result to 8 bits
+    # and, in gradients, sums of it.
+    assert max(errors.values()) < (1e-4 if case.dtype is torch.float32 else 5e-2), errors
+
+
+def _shapes(case: Case, memory_format: torch.memory_format) -> tuple[Any, ...]:
+    groups = case.in_channels if case.depthwise else 1
+    x = torch.empty(case.batch, case.in_channels, case.size, case.size, dtype=case.dtype, memory_format=memory_format)
+    w = torch.empty(
+        case.out_channels,
+        case.in_channels // groups,
+        case.kernel,
+        case.kernel,
+        dtype=case.dtype,
+        memory_format=memory_format,
+    )
+    return x, w, None, case.stride, case.rate * (case.kernel - 1) // 2, case.rate, groups
