@@ -1,0 +1,379 @@
+// Runs CUDA kernels on the host, from the same source that nvcc compiles, without a GPU.
+//
+// A translation unit that sees this header instead of the CUDA runtime can be compiled by any C++17 compiler. Each thread
+// of a block becomes a fibre (fibers.h) with its own stack. A fibre runs until it waits: at __syncthreads, at __syncwarp
+// or inside a warp-wide operation (shuffles; built on warp_collective, which is also what matrix fragments need). The
+// scheduler then runs the next one, and releases the waiting fibres when everybody has arrived. Blocks run one after the
+// other. The code between two barriers is real, sequential machine code, so kernels run at a usable speed.
+//
+// What it is strict about, because a GPU would hang, race or return garbage there:
+//  - A barrier that not every thread of the block (or lane of the mask) reaches, or reaches at different source lines,
+//    ends the launch with an error that names threads and lines. Nothing ever hangs.
+//  - Shared memory holds 0xFF in every byte (NaN in every floating-point type, -1 in every integer) when a block starts.
+//    Guard bytes around each array are checked when the block ends. The sizes a GPU allows are enforced.
+//  - The order in which threads run between barriers is arbitrary: set_schedule reverses or shuffles it. A kernel with a
+//    missing barrier gives different results, or NaN, under different schedules; a right one gives the same bits.
+//  - A shuffle that reads a lane outside its mask is an error.
+//
+// Atomics are missing on purpose: no kernel of this library may use them.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <mutex>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "fibers.h"
+#include "numeric_types.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+struct uint3 {
+  unsigned x, y, z;
+};
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+namespace atrous::emulation {
+
+constexpr int warp_size = 32;
+constexpr size_t max_threads = 1024;
+constexpr size_t max_static_shared = 48 * 1024;
+constexpr size_t max_shared = 227 * 1024;  // what a block can ask for on sm_90
+constexpr size_t guard_bytes = 64;
+constexpr size_t arena_bytes = 2 * max_shared;
+
+enum class Schedule { ascending, descending, shuffled };
+
+struct Site {
+  const char* file;
+  int line;
+  bool operator==(const Site& other) const { return line == other.line && std::strcmp(file, other.file) == 0; }
+};
+
+enum class State { ready, at_block_barrier, at_warp_barrier, done };
+
+struct Thread {
+  Context context;
+  uint3 index;
+  State state;
+  uint32_t mask;  // of the warp barrier it waits at
+  Site site;      // of the barrier it waits at
+};
+
+// Everything about the block being run. There is one: launches are serialised, blocks run one after the other.
+class Machine {
+ public:
+  static Machine& get() {
+    static Machine machine;
+    return machine;
+  }
+
+  Thread* current = nullptr;
+  uint3 block_index{};
+  dim3 block_size, grid_size;
+  std::mutex mutex;
+  Schedule schedule = Schedule::ascending;
+  uint32_t schedule_seed = 0;
+
+  template <typename Kernel, typename Arguments>
+  void run_grid(Kernel kernel, const Arguments& arguments, dim3 grid, dim3 block, size_t dynamic_bytes) {
+    const size_t count = static_cast<size_t>(block.x) * block.y * block.z;
+    if (count == 0 || count > max_threads) fail("a block of " + std::to_string(count) + " threads");
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
+      fail("a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z));
+    if (dynamic_bytes > max_shared) fail(std::to_string(dynamic_bytes) + " bytes of dynamic shared memory");
+    struct Call {
+      Kernel kernel;
+      const Arguments* arguments;
+    } call{kernel, &arguments};
+    call_ = &call;
+    invoke_ = [](void* opaque) {
+      auto* c = static_cast<Call*>(opaque);
+      std::apply(c->kernel, *c->arguments);
+    };
+    block_size = block;
+    grid_size = grid;
+    dynamic_bytes_ = dynamic_bytes;
+    threads_.resize(count);
+    for (unsigned z = 0; z < grid.z; ++z)
+      for (unsigned y = 0; y < grid.y; ++y)
+        for (unsigned x = 0; x < grid.x; ++x) {
+          block_index = {x, y, z};
+          run_block();
+        }
+  }
+
+  // The address of one shared array: the same for all threads of a block, 0xFF in every byte when a block starts.
+  void* shared_array(uint64_t& owner, size_t& offset, size_t bytes, size_t alignment) {
+    if (owner != serial_) {
+      owner = serial_;
+      static_bytes_ += bytes;
+      if (static_bytes_ > max_static_shared || static_bytes_ + dynamic_bytes_ > max_shared ||
+          arena_used_ + bytes + alignment + 2 * guard_bytes > arena_bytes)
+        fail_in_thread(std::to_string(static_bytes_) + " bytes of static and " + std::to_string(dynamic_bytes_) +
+                       " bytes of dynamic shared memory");
+      offset = reserve(bytes, alignment);
+    }
+    return arena_ + offset;
+  }
+
+  void* dynamic_shared() { return arena_ + dynamic_offset_; }
+
+  void wait_block(Site site) {
+    current->state = State::at_block_barrier;
+    current->site = site;
+    Context::change(current->context, scheduler_);
+  }
+
+  void wait_warp(uint32_t mask, Site site) {
+    if (!(mask >> lane() & 1u)) fail_in_thread("warp operation whose mask lacks the calling lane", site);
+    current->state = State::at_warp_barrier;
+    current->mask = mask;
+    current->site = site;
+    Context::change(current->context, scheduler_);
+  }
+
+  int lane() const { return static_cast<int>((current - threads_.data()) % warp_size); }
+
+  // 32 slots of 256 bytes, through which the lanes of the calling thread's warp exchange values.
+  unsigned char* warp_slots() {
+    return slots_[static_cast<size_t>(current - threads_.data()) / warp_size].data();
+  }
+
+  // Ends the launch from inside a thread; the other fibres are simply never continued.
+  [[noreturn]] void fail_in_thread(const std::string& what, Site site = {nullptr, 0}) {
+    error_ = describe(*current, false) + ": " + what;
+    if (site.file) error_ += std::string(" (") + site.file + ":" + std::to_string(site.line) + ")";
+    Context::change(current->context, scheduler_);
+    std::abort();  // unreachable: a failed block is not continued
+  }
+
+ private:
+  [[noreturn]] static void fail(const std::string& what) { throw std::runtime_error("emulated launch: " + what); }
+
+  static void thread_main() {
+    Machine& machine = get();
+    machine.invoke_(machine.call_);
+    machine.current->state = State::done;
+    Context::change(machine.current->context, machine.scheduler_);
+  }
+
+  size_t reserve(size_t bytes, size_t alignment) {
+    const size_t offset = (arena_used_ + guard_bytes + alignment - 1) / alignment * alignment;
+    guards_.emplace_back(arena_used_, offset);
+    arena_used_ = offset + bytes;
+    return offset;
+  }
+
+  void run_block() {
+    const size_t count = threads_.size();
+    std::memset(arena_, 0xFF, arena_used_ + guard_bytes);
+    guards_.clear();
+    error_.clear();
+    arena_used_ = static_bytes_ = 0;
+    ++serial_;
+    dynamic_offset_ = reserve(dynamic_bytes_, 1024);
+    for (size_t i = 0; i < count; ++i) {
+      Thread& t = threads_[i];
+      const auto n = static_cast<unsigned>(i);
+      t.index = {n % block_size.x, n / block_size.x % block_size.y, n / block_size.x / block_size.y};
+      t.state = State::ready;
+      t.context.start(stacks_[i], Stacks::bytes, &thread_main);
+    }
+    order_.resize(count);
+    for (size_t i = 0; i < count; ++i) order_[i] = schedule == Schedule::descending ? count - 1 - i : i;
+    std::mt19937 random(schedule_seed);
+    for (;;) {
+      if (schedule == Schedule::shuffled) std::shuffle(order_.begin(), order_.end(), random);
+      for (size_t i : order_) {
+        if (threads_[i].state != State::ready) continue;
+        current = &threads_[i];
+        Context::change(scheduler_, current->context);
+        if (!error_.empty()) fail(error_);
+      }
+      const auto done = [](const Thread& t) { return t.state == State::done; };
+      if (std::all_of(threads_.begin(), threads_.end(), done)) break;
+      if (!release()) fail("deadlock: " + stuck());
+    }
+    check_guards();
+  }
+
+  // Lets everybody continue who waits at a complete barrier; false if nobody can.
+  bool release() {
+    bool any = false;
+    const Thread& first = threads_.front();
+    if (std::all_of(threads_.begin(), threads_.end(), [&](const Thread& t) {
+          return t.state == State::at_block_barrier && t.site == first.site;
+        })) {
+      for (Thread& t : threads_) t.state = State::ready;
+      return true;
+    }
+    for (size_t base = 0; base < threads_.size(); base += warp_size) {
+      const size_t lanes = std::min<size_t>(warp_size, threads_.size() - base);
+      for (size_t leader = 0; leader < lanes; ++leader) {
+        const Thread& t = threads_[base + leader];
+        if (t.state != State::at_warp_barrier) continue;
+        bool complete = true;
+        for (size_t i = 0; i < warp_size; ++i)
+          if (t.mask >> i & 1u)
+            complete = complete && i < lanes && threads_[base + i].state == State::at_warp_barrier &&
+                       threads_[base + i].mask == t.mask && threads_[base + i].site == t.site;
+        if (!complete) continue;
+        const uint32_t mask = t.mask;
+        for (size_t i = 0; i < lanes; ++i)
+          if (mask >> i & 1u) threads_[base + i].state = State::ready;
+        any = true;
+      }
+    }
+    return any;
+  }
+
+  std::string describe(const Thread& t, bool with_state) const {
+    std::string text = "thread (" + std::to_string(t.index.x) + "," + std::to_string(t.index.y) + "," +
+                       std::to_string(t.index.z) + ") of block (" + std::to_string(block_index.x) + "," +
+                       std::to_string(block_index.y) + "," + std::to_string(block_index.z) + ")";
+    if (!with_state) return text;
+    if (t.state == State::done) return text + " has returned";
+    text += t.state == State::at_block_barrier ? " waits for the block at " : " waits for its warp at ";
+    return text + t.site.file + ":" + std::to_string(t.site.line);
+  }
+
+  // One example of every different state, enough to see who waits for whom.
+  std::string stuck() const {
+    std::string text;
+    std::vector<const Thread*> shown;
+    for (const Thread& t : threads_) {
+      const bool known = std::any_of(shown.begin(), shown.end(), [&](const Thread* s) {
+        return s->state == t.state && (t.state == State::done || (s->site == t.site && s->mask == t.mask));
+      });
+      if (known) continue;
+      shown.push_back(&t);
+      text += (text.empty() ? "" : "; ") + describe(t, true);
+    }
+    return text;
+  }
+
+  void check_guards() {
+    guards_.emplace_back(arena_used_, arena_used_ + guard_bytes);
+    for (const auto& [begin, end] : guards_)
+      for (size_t i = begin; i < end; ++i)
+        if (arena_[i] != 0xFF)
+          fail("a write outside its shared array in block (" + std::to_string(block_index.x) + "," +
+               std::to_string(block_index.y) + "," + std::to_string(block_index.z) + ")");
+  }
+
+  Context scheduler_;
+  Stacks stacks_;
+  std::vector<Thread> threads_;
+  std::vector<size_t> order_;
+  std::array<std::array<unsigned char, 256 * warp_size>, max_threads / warp_size> slots_;
+  alignas(1024) unsigned char arena_[arena_bytes];
+  std::vector<std::pair<size_t, size_t>> guards_;
+  size_t arena_used_ = arena_bytes - guard_bytes;  // everything is still to be poisoned
+  size_t static_bytes_ = 0, dynamic_bytes_ = 0, dynamic_offset_ = 0;
+  uint64_t serial_ = 0;
+  std::string error_;
+  void (*invoke_)(void*) = nullptr;
+  void* call_ = nullptr;
+};
+
+inline void set_schedule(Schedule schedule, uint32_t seed = 0) {
+  Machine::get().schedule = schedule;
+  Machine::get().schedule_seed = seed;
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Arguments&&... arguments) {
+  Machine& machine = Machine::get();
+  const std::lock_guard<std::mutex> lock(machine.mutex);
+  const std::tuple<std::remove_cv_t<Parameters>...> values(std::forward<Arguments>(arguments)...);
+  machine.run_grid(kernel, values, grid, block, shared_bytes);
+}
+
+// A warp-wide operation: every lane of the mask publishes `mine`, and when all have, gets read(values of the 32 lanes).
+// Shuffles are the simplest use; a matrix fragment operation publishes its registers and reads those of its group.
+template <typename Value, typename Read>
+auto warp_collective(uint32_t mask, const Value& mine, Read read, Site site) {
+  static_assert(std::is_trivially_copyable_v<Value> && sizeof(Value) <= 256);
+  Machine& machine = Machine::get();
+  auto* lanes = reinterpret_cast<Value*>(machine.warp_slots());
+  std::memcpy(static_cast<void*>(lanes + machine.lane()), &mine, sizeof(Value));
+  machine.wait_warp(mask, site);
+  auto result = read(static_cast<const Value*>(lanes));
+  machine.wait_warp(mask, site);  // nobody publishes again before everybody has read
+  return result;
+}
+
+template <typename Value>
+Value shuffle(uint32_t mask, const Value& mine, int source, Site site) {
+  return warp_collective(
+      mask, mine,
+      [&](const Value* lanes) {
+        if (!(mask >> source & 1u))
+          Machine::get().fail_in_thread("shuffle reads lane " + std::to_string(source) + " outside its mask", site);
+        return lanes[source];
+      },
+      site);
+}
+
+}  // namespace atrous::emulation
+
+#define threadIdx (::atrous::emulation::Machine::get().current->index)
+#define blockIdx (::atrous::emulation::Machine::get().block_index)
+#define blockDim (::atrous::emulation::Machine::get().block_size)
+#define gridDim (::atrous::emulation::Machine::get().grid_size)
+constexpr int warpSize = ::atrous::emulation::warp_size;
+
+#define ATROUS_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+inline void __syncthreads(ATROUS_CALLER) { ::atrous::emulation::Machine::get().wait_block({file, line}); }
+
+inline void __syncwarp(unsigned mask = 0xffffffffu, ATROUS_CALLER) {
+  ::atrous::emulation::Machine::get().wait_warp(mask, {file, line});
+}
+
+template <typename Value>
+Value __shfl_sync(unsigned mask, Value value, int source, int width = 32, ATROUS_CALLER) {
+  const int lane = ::atrous::emulation::Machine::get().lane();
+  return ::atrous::emulation::shuffle(mask, value, (lane & ~(width - 1)) | (source & (width - 1)), {file, line});
+}
+
+template <typename Value>
+Value __shfl_xor_sync(unsigned mask, Value value, int lane_mask, int width = 32, ATROUS_CALLER) {
+  const int lane = ::atrous::emulation::Machine::get().lane();
+  const int source = lane ^ lane_mask;
+  // A lane beyond the end of the caller's segment is not read: the caller keeps its own value.
+  return ::atrous::emulation::shuffle(mask, value, source > (lane | (width - 1)) ? lane : source, {file, line});
+}
+
+template <typename Value>
+Value __shfl_down_sync(unsigned mask, Value value, unsigned delta, int width = 32, ATROUS_CALLER) {
+  const int lane = ::atrous::emulation::Machine::get().lane();
+  const int source = lane + static_cast<int>(delta);
+  return ::atrous::emulation::shuffle(mask, value, source > (lane | (width - 1)) ? lane : source, {file, line});
+}
+
+template <typename Value>
+Value __shfl_up_sync(unsigned mask, Value value, unsigned delta, int width = 32, ATROUS_CALLER) {
+  const int lane = ::atrous::emulation::Machine::get().lane();
+  const int source = lane - static_cast<int>(delta);
+  return ::atrous::emulation::shuffle(mask, value, source < (lane & ~(width - 1)) ? lane : source, {file, line});
+}
