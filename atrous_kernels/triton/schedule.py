@@ -1,0 +1,132 @@
+"""The tables that tell a program which pixels it computes and which taps are valid there.
+
+Tables are int32 tensors of shape [fields, entries], made once per geometry and device and kept for the life of the
+process: a captured CUDA graph holds their addresses. Entries with the most work come first, so that the short ones fill
+the last wave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from itertools import product
+from math import gcd
+
+import torch
+
+from atrous_kernels.problem import Axis, InputGradAxis, forward_axis, input_grad_axis
+
+# (n_in, n_out, kernel, stride, padding, dilation) of one axis: the arguments of forward_axis.
+AxisNumbers = tuple[int, int, int, int, int, int]
+Axes = tuple[AxisNumbers, AxisNumbers]
+
+
+def axis_numbers(
+    in_size: Sequence[int],
+    out_size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Axes:
+    """The (height, width) axes of a convolution as hashable numbers."""
+    height, width = zip(in_size, out_size, kernel, stride, padding, dilation, strict=True)
+    return tuple(map(int, height)), tuple(map(int, width))  # type: ignore[return-value]
+
+
+def _forward_strips(numbers: AxisNumbers) -> list[list[int]]:
+    return _strips(InputGradAxis(forward_axis(*numbers), 0, 1), first_target=0, target_step=1)
+
+
+def _input_strips(numbers: AxisNumbers) -> list[list[int]]:
+    stride = numbers[3]
+    return [
+        strip
+        for residue in range(min(stride, numbers[0]))
+        for strip in _strips(input_grad_axis(*numbers, residue), first_target=residue, target_step=stride)
+    ]
+
+
+def _strips(part: InputGradAxis, first_target: int, target_step: int) -> list[list[int]]:
+    """Per segment [positions, taps, first source position, first kernel tap, first target position]."""
+    axis: Axis = part.axis
+    strips = []
+    for segment in axis.segments():
+        source = segment.start * axis.src_step + axis.src_offset + segment.tap_start * axis.tap_step
+        strips.append([
+            segment.size,
+            segment.taps,
+            source if segment.taps else 0,
+            part.first_tap + segment.tap_start * part.tap_stride if segment.taps else 0,
+            first_target + segment.start * target_step,
+        ])  # fmt: skip
+    return strips
+
+
+@cache
+def rectangle_table(
+    axes: Axes, gradient: bool, batch: int, block: int, device: torch.device
+) -> tuple[torch.Tensor, int]:
+    """Rectangles of constant valid taps, each flattened across the batch and cut into tiles of ``block`` pixels.
+
+    The written tensor is the output, or for ``gradient`` the input, one set of rectangles per residue of the stride.
+    Returns the table and the number of tiles. Fields: first tile, rows, columns, valid taps along height and width,
+    then (row, column) pairs: first source position, first kernel tap, first target position.
+    """
+    strips = _input_strips if gradient else _forward_strips
+    pairs = [(row, col) for row, col in product(strips(axes[0]), strips(axes[1])) if row[0] * col[0] * batch > 0]
+    pairs.sort(key=lambda pair: -pair[0][1] * pair[1][1])
+    entries, tiles = [], 0
+    for row, col in pairs:
+        valid = row[1] * col[1] > 0
+        taps = [row[1], col[1]] if valid else [0, 1]
+        entries.append([tiles, row[0], col[0], *taps, *(x for pair in zip(row[2:], col[2:], strict=True) for x in pair)])
+        tiles += -(-batch * row[0] * col[0] // block)
+    return _to_device(entries, 11, device), tiles
+
+
+def steps(axes: Axes, gradient: bool) -> dict[str, int]:
+    """Per axis the positions moved in the source per target position and per tap, in the kernel per tap of the subset
+    that is used, and in the target per position of a rectangle."""
+    found: dict[str, int] = {}
+    for axis, (*_, stride, _, dilation) in zip("hw", axes, strict=True):
+        period = stride // gcd(stride, dilation)
+        if gradient:
+            source, tap, taps, target = 1, -(period * dilation // stride), period, stride
+        else:
+            source, tap, taps, target = stride, dilation, 1, 1
+        found[f"source_step_{axis}"], found[f"tap_step_{axis}"] = source, tap
+        found[f"kernel_step_{axis}"], found[f"target_step_{axis}"] = taps, target
+    return found
+
+
+@cache
+def tap_table(axes: Axes, device: torch.device) -> torch.Tensor:
+    """Per kernel tap the output rectangle on which it is valid: what the weight gradient of the tap sums over.
+
+    Fields: (row, column) pairs of kernel tap, pixels, first output position, first input position.
+    """
+    strips = []
+    for numbers in axes:
+        axis = forward_axis(*numbers)
+        ranges = [axis.tap_range(tap) for tap in range(axis.taps)]
+        strips.append([
+            [tap, last - first, first, first * axis.src_step + axis.src_offset + tap * axis.tap_step]
+            if last > first else [tap, 0, 0, 0]
+            for tap, (first, last) in enumerate(ranges)
+        ])  # fmt: skip
+    pairs = sorted(product(*strips), key=lambda pair: -pair[0][1] * pair[1][1])
+    return _to_device([[x for pair in zip(*pair, strict=True) for x in pair] for pair in pairs], 8, device)
+
+
+def split_count(programs: int, steps: int) -> int:
+    """Into how many parts a reduction of ``steps`` is cut so that few programs still fill a GPU.
+
+    A fixed rule, blind to the chip: the order of summation, and so every bit of the result, is the same everywhere.
+    """
+    wanted, least_steps = 264, 8  # two programs for each of 132 multiprocessors; below 8 steps a split costs more
+    return max(1, min(wanted // max(programs, 1), steps // least_steps))
+
+
+def _to_device(entries: list[list[int]], fields: int, device: torch.device) -> torch.Tensor:
+    return torch.tensor(entries, dtype=torch.int32).reshape(-1, fields).t().contiguous().to(device)
