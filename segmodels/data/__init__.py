@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from segmodels.data import camvid, folder, voc
+from segmodels.data import camvid, folder, synthetic, voc
 from segmodels.data.dataset import IGNORE_INDEX, SegmentationDataset, voc_colormap
 from segmodels.data.files import DataError, read_image, read_mask
 
@@ -25,6 +25,7 @@ DATASETS: dict[str, tuple[type[SegmentationDataset], tuple[str, ...] | None]] = 
     "camvid": (camvid.CamVid, camvid.SPLITS),
     "voc": (voc.VOC, voc.SPLITS),
     "folder": (folder.Folder, None),
+    "synthetic": (synthetic.Synthetic, synthetic.SPLITS),
 }
 
 
