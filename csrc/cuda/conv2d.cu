@@ -237,7 +237,6 @@ __global__ void __launch_bounds__(threads, min_blocks<T>)
         const int64_t filter = (split * all_taps + tap) * plan.groups * plan.out_channels + group * plan.out_channels + o;
         partials[filter * plan.in_channels + c] = sum[i][j];
       }
-    __syncthreads();  // the next piece of work overwrites the tables
   }
 }
 

@@ -90,8 +90,12 @@ __device__ inline PixelOffsets pixel_offsets(const CorrelatePlan& plan, const Ti
           n * plan.src_n + y * plan.h.src_stride + x * plan.w.src_stride + plan.src_offset};
 }
 
-// Blocks of one launch: kernels step through the work by gridDim.x, so any count is possible.
-inline unsigned grid_blocks(int64_t work) { return static_cast<unsigned>(std::min<int64_t>(work, 0x7fffffff)); }
+// Blocks of one launch. Kernels step through their work by gridDim.x, so any amount of work is possible; the limit is the
+// hardware's, and tests lower it so that blocks take several pieces of work.
+#ifndef ATROUS_MAX_BLOCKS
+#define ATROUS_MAX_BLOCKS 0x7fffffff
+#endif
+inline unsigned grid_blocks(int64_t work) { return static_cast<unsigned>(std::min<int64_t>(work, ATROUS_MAX_BLOCKS)); }
 
 namespace detail {
 
