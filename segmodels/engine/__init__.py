@@ -1,0 +1,1 @@
+"""Training, inference and scoring: what ``python -m segmodels.train | evaluate | predict`` are made of."""

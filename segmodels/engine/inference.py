@@ -1,0 +1,145 @@
+"""From an image of any size to its map of classes, and from a split to its confusion matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from segmodels.data import SegmentationDataset
+from segmodels.data.transforms import IMAGENET_MEAN, IMAGENET_STD, to_tensor
+from segmodels.engine.metrics import ConfusionMatrix
+
+
+class Predictor:
+    """Whole-image inference. The network takes any size, so images are not padded: added borders would be one more thing
+    that it never saw in training.
+
+    Args:
+        model: with the output contract of :func:`segmodels.create_model`; put into evaluation mode by each call and
+            restored afterwards.
+        mean, std: the normalisation it was trained with.
+        scales: the image is resized by each factor and the class probabilities are averaged at its own size.
+        flip: average with the mirrored image as well.
+        device, amp, channels_last: where and how to compute.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
+        device: str | torch.device = "cpu",
+        amp: bool = False,
+        channels_last: bool = True,
+    ) -> None:
+        if not scales or min(scales) <= 0:
+            raise ValueError(f"scales={list(scales)}: expected one or more positive factors")
+        self.model, self.mean, self.std = model, tuple(mean), tuple(std)
+        self.scales, self.flip = tuple(scales), flip
+        self.device, self.amp = torch.device(device), amp
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """Classes uint8 ``[H, W]`` of an image uint8 ``[H, W, 3]`` RGB.
+
+        Raises:
+            ValueError: another shape or type.
+        """
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
+            raise ValueError(f"image of shape {list(image.shape)} and type {image.dtype}: expected uint8 [H, W, 3]")
+        tensor, _ = to_tensor(image, np.zeros(image.shape[:2], np.uint8), self.mean, self.std)
+        return self.classes(tensor[None])[0].to(torch.uint8).cpu().numpy()
+
+    @torch.inference_mode()
+    def classes(self, images: Tensor) -> Tensor:
+        """int64 ``[N, H, W]`` of normalised images float ``[N, 3, H, W]``."""
+        size = tuple(images.shape[-2:])
+        with self._evaluation():
+            if self.scales == (1.0,) and not self.flip:
+                return self._logits(images, size).argmax(1)  # softmax would not change the order
+            return self._probabilities(images, size).argmax(1)
+
+    @torch.inference_mode()
+    def probabilities(self, images: Tensor) -> Tensor:
+        """float32 ``[N, C, H, W]``, averaged over scales and mirrorings, of images as in :meth:`classes`."""
+        with self._evaluation():
+            return self._probabilities(images, tuple(images.shape[-2:]))
+
+    def _probabilities(self, images: Tensor, size: tuple[int, ...]) -> Tensor:
+        total: Tensor | None = None
+        for scale in self.scales:
+            resized = images
+            if scale != 1:
+                resized = F.interpolate(
+                    images, size=[max(1, round(side * scale)) for side in size], mode="bilinear", align_corners=False
+                )
+            for mirrored in (False, True) if self.flip else (False,):
+                logits = self._logits(resized.flip(-1) if mirrored else resized, size)
+                part = (logits.flip(-1) if mirrored else logits).softmax(1)
+                total = part if total is None else total + part
+        assert total is not None
+        return total / (len(self.scales) * (2 if self.flip else 1))
+
+    def _logits(self, images: Tensor, size: tuple[int, ...]) -> Tensor:
+        images = images.to(self.device).contiguous(memory_format=self.layout)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            logits = self.model.logits(images)["out"]  # type: ignore[operator]
+        return F.interpolate(logits.float(), size=list(size), mode="bilinear", align_corners=False)
+
+    def _evaluation(self) -> AbstractContextManager[None]:
+        return _evaluating(self.model) if self.model.training else nullcontext()
+
+
+class _evaluating(AbstractContextManager[None]):
+    """Evaluation mode for the block; afterwards every module is as it was, frozen ones included."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.were_training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        for module in self.were_training:
+            module.training = True
+
+
+def evaluate_dataset(
+    predictor: Predictor,
+    dataset: SegmentationDataset,
+    *,
+    limit: int | None = None,
+    progress: Callable[[int, int], bool] | None = None,
+    keep: Callable[[int, np.ndarray, np.ndarray, np.ndarray], None] | None = None,
+) -> ConfusionMatrix | None:
+    """One confusion matrix over a split, image by image at full size, so that memory does not grow with the split.
+
+    Args:
+        predictor, dataset: what is evaluated on what.
+        limit: stop after this many images.
+        progress: called with (done, total) after each image; returning False abandons the evaluation.
+        keep: called with (index, image, truth, prediction) for each image, for pictures.
+
+    Returns:
+        The matrix, or None where ``progress`` asked to stop.
+    """
+    matrix = ConfusionMatrix(dataset.num_classes)
+    total = len(dataset) if limit is None else min(limit, len(dataset))
+    for index in range(total):
+        image, label = dataset[index]
+        prediction = predictor(image)
+        matrix.update(torch.from_numpy(prediction), torch.from_numpy(label))
+        if keep is not None:
+            keep(index, image, label, prediction)
+        if progress is not None and not progress(index + 1, total):
+            return None
+    return matrix

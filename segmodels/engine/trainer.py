@@ -1,0 +1,371 @@
+"""The training loop: one for every model, data set and precision.
+
+All state that the next step depends on is in ``last.pt``, so a run that was stopped anywhere continues to the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+import atrous_kernels
+from segmodels.config import Config
+from segmodels.data import SegmentationDataset
+from segmodels.data.loader import ResumableLoader, build_loader
+from segmodels.engine import report
+from segmodels.engine.build import build_predictor, build_transforms, normalization
+from segmodels.engine.checkpoints import (
+    CheckpointError,
+    atomic_write,
+    load_checkpoint,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+    write_json,
+)
+from segmodels.engine.inference import evaluate_dataset
+from segmodels.engine.losses import SegmentationLoss, balanced_weights
+from segmodels.engine.optim import ModelEma, build_optimizer
+from segmodels.engine.progress import Reporter, StopRequest, clock, say
+from segmodels.engine.schedules import PolySchedule
+from segmodels.engine.visualize import sheet, write_png
+
+# Settings that may differ when a run is resumed: they say where things are or how fast, not what is computed.
+_FREE = {"data": {"root", "cache", "workers", "val_split"}, "model": {"weights_backbone"}, "train": set()}
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says at which iteration and why."""
+
+
+class Trainer:
+    """Trains a model and leaves ``last.pt``, ``best.pt``, ``metrics.json``, ``curves.png``, ``samples.png`` and TensorBoard
+    scalars in a folder.
+
+    Args:
+        config, raw: from :func:`segmodels.config.load_config`.
+        work_dir: the output folder, existing.
+        model: with the output contract of :func:`segmodels.create_model`; moved to ``device``.
+        train_set, val_set: the splits.
+        device: where to compute.
+
+    Raises:
+        ValueError: settings that do not fit the data, for example the number of class weights.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        raw: dict[str, Any],
+        work_dir: Path,
+        model: nn.Module,
+        train_set: SegmentationDataset,
+        val_set: SegmentationDataset,
+        device: torch.device,
+    ) -> None:
+        self.config, self.raw, self.work_dir, self.device = config, raw, work_dir, device
+        self.train_set, self.val_set = train_set, val_set
+        settings = config.train
+        self.layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+        self.model = model.to(device).to(memory_format=self.layout)  # type: ignore[call-overload]
+        self.ema = ModelEma(model, settings.ema_decay) if settings.ema_decay else None
+        self.optimizer = build_optimizer(model, settings)
+        self.schedule = PolySchedule(
+            settings.iterations, settings.power, settings.warmup_iterations, settings.warmup_start
+        )
+        self.loss = SegmentationLoss(self._class_weights(), settings.label_smoothing, settings.aux_weight).to(device)
+        self.loader: ResumableLoader = build_loader(
+            train_set,
+            build_transforms(config),
+            batch_size=settings.batch_size,
+            seed=config.run.seed,
+            drop_last=True,
+            workers=config.data.workers,
+            cache=config.data.cache,
+            pin_memory=device.type == "cuda",
+            **normalization(model),
+        )
+        self._batches = iter(self.loader)
+        self.iteration = 0
+        self.validated = 0  # iteration of the last validation, so that an interrupted one is made up for
+        self.seconds = self.train_seconds = 0.0
+        self.window = [0.0, 0]  # sum of the losses since the last point of the curve, and their number
+        self.curve: dict[str, list[dict[str, Any]]] = {"train": [], "validation": []}
+        self.best: dict[str, Any] | None = None
+        self.scores: dict[str, Any] | None = None
+        self.commits: list[dict[str, Any]] = []
+        self._writer: Any = None
+
+    def run(self) -> int | None:
+        """Trains to the end, or to the first SIGINT or SIGTERM, after which everything is saved.
+
+        Returns:
+            The number of the signal that stopped the run, or None at its end.
+
+        Raises:
+            TrainingError: the loss is no longer finite.
+            CheckpointError: a checkpoint could not be written.
+        """
+        self._note_commit()
+        atomic_write(self.work_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.raw)).encode())
+        total = self.config.train.iterations
+        every = self.config.run.checkpoint_every
+        self._last_time = time.monotonic()
+        with (
+            StopRequest() as stop,
+            Reporter("train", total, self.iteration, self.config.run.print_seconds) as reporter,
+            atrous_kernels.backend(self.config.run.backend),
+        ):
+            self.model.train()
+            try:
+                while stop.signum is None:
+                    if self._validation_is_due() and not self._validate(stop):
+                        break
+                    if self.iteration == total:
+                        break
+                    self._step(reporter)
+                    if every and self.iteration % every == 0:
+                        self.save()
+            finally:
+                if self._writer is not None:
+                    self._writer.close()
+            self.save()
+        return stop.signum
+
+    def save(self) -> None:
+        """Writes ``last.pt``. Raises CheckpointError; the previous file is then still there."""
+        self._count_time()
+        save_checkpoint(
+            self.work_dir / "last.pt",
+            {
+                **self._identity(),
+                "model": self.model.state_dict(),
+                "ema": self.ema.state_dict() if self.ema else None,
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": {"iteration": self.iteration, "total": self.schedule.total},
+                "sampler": self.loader.state_dict(),
+                "rng": rng_state(),
+                "curve": self.curve,
+                "window": list(self.window),
+                "validated": self.validated,
+                "best": self.best,
+                "scores": self.scores,
+                "commits": self.commits,
+                "seconds": self.seconds,
+                "train_seconds": self.train_seconds,
+            },
+        )
+
+    def resume(self, path: Path) -> None:
+        """Continues from a ``last.pt``.
+
+        Raises:
+            CheckpointError: unreadable, of another configuration (the message lists the keys), or only weights.
+        """
+        state = load_checkpoint(path)
+        if "optimizer" not in state:
+            raise CheckpointError(f"checkpoint {path} holds weights only: expected last.pt of a training run")
+        self._check_same_config(path, state["config"])
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.loader.load_state_dict(state["sampler"])
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(f"checkpoint {path} does not fit this run: {error}") from error
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        set_rng_state(state["rng"])
+        self.iteration, self.validated = state["iteration"], state["validated"]
+        self.curve, self.window = state["curve"], state["window"]
+        self.best, self.scores, self.commits = state["best"], state["scores"], state["commits"]
+        self.seconds, self.train_seconds = state["seconds"], state["train_seconds"]
+        self._batches = iter(self.loader)
+
+    def _step(self, reporter: Reporter) -> None:
+        began = time.monotonic()
+        sampler = self.loader.sampler
+        epoch, position = sampler.epoch, sampler.position
+        images, labels = self._next_batch()
+        images = images.to(self.device, non_blocking=True).contiguous(memory_format=self.layout)
+        labels = labels.to(self.device, non_blocking=True)
+        factor = self.schedule.apply(self.optimizer, self.iteration)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.amp != "none"):
+            logits = self.model.logits(images)  # type: ignore[operator]
+        loss = self.loss(logits, labels)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            keys = sampler.order(epoch)[position : position + len(images)]
+            names = ", ".join(self.train_set.name(int(key)) for key in keys)
+            raise TrainingError(
+                f"iteration {self.iteration}: the loss is {value} on the images {names}; expected a finite value. The last "
+                "checkpoint is from before; a smaller train.lr, train.warmup_iterations or train.clip_norm may help"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.config.train.clip_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_norm)
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(self.model)
+        self.iteration += 1
+        elapsed = time.monotonic() - began
+        self.train_seconds += elapsed
+        self._log(value, self.config.train.lr * factor, len(images) / elapsed, reporter)
+
+    def _next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        try:
+            return next(self._batches)
+        except StopIteration:
+            self._batches = iter(self.loader)
+            return next(self._batches)
+
+    def _log(self, loss: float, rate: float, speed: float, reporter: Reporter) -> None:
+        self.window[0] += loss
+        self.window[1] += 1
+        mean = self.window[0] / self.window[1]
+        reporter.update(self.iteration, f"loss {mean:.4f}  rate {rate:.2e}  {speed:.2f} images/s")
+        if self.iteration % self.config.run.log_every and self.iteration != self.config.train.iterations:
+            return
+        self.curve["train"].append({"iteration": self.iteration, "loss": mean, "lr": rate})
+        self.window = [0.0, 0]
+        self._scalars({"train/loss": mean, "train/lr": rate, "train/images_per_second": speed})
+
+    def _validation_is_due(self) -> bool:
+        every = self.config.run.validate_every
+        due = self.iteration == self.config.train.iterations or (every and self.iteration % every == 0)
+        return bool(due) and self.iteration > 0 and self.validated != self.iteration
+
+    def _validate(self, stop: StopRequest) -> bool:
+        """False where a signal came in between; the validation is then repeated by the resumed run."""
+        model = self.ema.module if self.ema is not None else self.model
+        settings, total = self.config.eval, len(self.val_set)
+        wanted = set(np.linspace(0, min(total, settings.limit or total) - 1, settings.sheet).round().astype(int).tolist())
+        rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+
+        def keep(index: int, image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> None:
+            if index in wanted:
+                rows.append((image, truth, prediction))
+
+        trained_stride = self.config.model.output_stride
+        if settings.output_stride is not None:
+            model.set_output_stride(settings.output_stride)  # type: ignore[operator]
+        try:
+            matrix = evaluate_dataset(
+                build_predictor(self.config, model, self.device),
+                self.val_set,
+                limit=settings.limit,
+                progress=lambda done, total: stop.signum is None,
+                keep=keep,
+            )
+        finally:
+            if settings.output_stride is not None:
+                model.set_output_stride(trained_stride)  # type: ignore[operator]
+        if matrix is None:
+            return False
+        self.validated = self.iteration
+        self.scores = matrix.to_dict(self.val_set.classes)
+        point = {key: self.scores[key] for key in ("miou", "pixel_accuracy", "mean_accuracy", "fwiou")}
+        self.curve["validation"].append({"iteration": self.iteration, **point})
+        self._scalars({f"val/{key}": value for key, value in point.items() if value is not None})
+        miou = point["miou"]
+        if miou is not None and (self.best is None or miou > self.best["miou"]):
+            self.best = {"iteration": self.iteration, "miou": miou}
+            save_checkpoint(
+                self.work_dir / "best.pt", {**self._identity(), "model": model.state_dict(), "scores": self.scores}
+            )
+        self.save()
+        if rows:
+            write_png(self.work_dir / "samples.png", sheet(rows, self.val_set.classes, self.val_set.colors))
+        self.write_metrics()
+        shown = "undefined" if miou is None else f"{miou:.4f}"
+        best = f" (best {self.best['miou']:.4f} at {self.best['iteration']})" if self.best else ""
+        say(f"validation at {self.iteration}: mIoU {shown}{best}, {clock(self.seconds)} so far")
+        return True
+
+    def write_metrics(self) -> None:
+        """Writes ``metrics.json`` and ``curves.png``."""
+        self._count_time()
+        images = self.iteration * self.config.train.batch_size
+        content = {
+            "config": self.raw,
+            "seed": self.config.run.seed,
+            "commits": self.commits,
+            "machine": report.machine(),
+            "versions": report.versions(),
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "iteration": self.iteration,
+            "finished": self.iteration == self.config.train.iterations,
+            "seconds": round(self.seconds, 1),
+            "train_seconds": round(self.train_seconds, 1),
+            "images_per_second": round(images / self.train_seconds, 4) if self.train_seconds else None,
+            "split": self.config.data.val_split,
+            "images": min(len(self.val_set), self.config.eval.limit or len(self.val_set)),
+            **(self.scores or {}),
+            "best": self.best,
+            "curve": self.curve,
+        }
+        write_json(self.work_dir / "metrics.json", content)
+        report.curves_png(self.work_dir / "curves.png", self.curve["train"], self.curve["validation"])
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "config": self.raw,
+            "classes": list(self.train_set.classes),
+            "colors": self.train_set.colors.tolist(),
+            "iteration": self.iteration,
+        }
+
+    def _class_weights(self) -> torch.Tensor | None:
+        settings, classes = self.config.train, self.train_set.num_classes
+        if settings.class_weights is not None:
+            if len(settings.class_weights) != classes:
+                raise ValueError(
+                    f"train.class_weights has {len(settings.class_weights)} entries: expected {classes}, one per class of "
+                    f"{self.config.data.name}"
+                )
+            return torch.tensor(settings.class_weights, dtype=torch.float32)
+        if settings.balance:
+            labels = (self.train_set[index][1] for index in range(len(self.train_set)))
+            return balanced_weights(labels, classes, settings.balance)
+        return None
+
+    def _check_same_config(self, path: Path, before: dict[str, Any]) -> None:
+        different = [
+            f"{section}.{key}: {before[section].get(key)!r} then, {value!r} now"
+            for section, free in _FREE.items()
+            for key, value in self.raw[section].items()
+            if key not in free and before[section].get(key) != value
+        ]
+        if different:
+            raise CheckpointError(
+                f"checkpoint {path} was trained with other settings: {'; '.join(different)}. Use the same ones, or another "
+                "--work-dir"
+            )
+
+    def _note_commit(self) -> None:
+        commit = report.current_commit()
+        if not self.commits or self.commits[-1]["commit"] != commit:
+            self.commits.append({"commit": commit, "from_iteration": self.iteration})
+
+    def _count_time(self) -> None:
+        now = time.monotonic()
+        self.seconds += now - getattr(self, "_last_time", now)
+        self._last_time = now
+
+    def _scalars(self, values: dict[str, float]) -> None:
+        if not self.config.run.tensorboard:
+            return
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            # points that a killed run wrote after its last checkpoint are taken back
+            self._writer = SummaryWriter(str(self.work_dir / "tensorboard"), purge_step=self.iteration)
+        for key, value in values.items():
+            self._writer.add_scalar(key, value, self.iteration)
