@@ -79,9 +79,9 @@ def _correlate(
     read = tl.arange(0, BLOCK_K)
     written = (tl.program_id(0) % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     source_pixels = source + image * source_n + source_row * source_h + source_col * source_w
-    source_tile = source_pixels[:, None] + ((group * channels_read + read) * source_c)[None, :]
-    weight_tile = weight + group * weight_group + written.to(tl.int64)[None, :] * weight_written
-    weight_tile = weight_tile + read.to(tl.int64)[:, None] * weight_read
+    source_channels = (group * channels_read + read) * source_c
+    weight_read_at = weight + group * weight_group + read.to(tl.int64) * weight_read
+    weight_written_at = written.to(tl.int64) * weight_written
 
     channel_blocks = tl.cdiv(channels_read, BLOCK_K)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -95,13 +95,16 @@ def _correlate(
         source_shift = tap_row * tap_step_h * source_h + tap_col * tap_step_w * source_w + channel * source_c
         weight_shift = (kernel_row + tap_row * kernel_step_h) * weight_h + (kernel_col + tap_col * kernel_step_w) * weight_w
         weight_shift = weight_shift + channel * weight_read
+        # Added up in the loop: a tile of 64-bit pointers kept across it would spill where loads are not vectors.
+        source_tile = source_pixels[:, None] + (source_channels + source_shift)[None, :]
+        weight_tile = (weight_read_at + weight_shift)[:, None] + weight_written_at[None, :]
         if RAGGED:
             exists = first_channel + read < channels_read
-            a = tl.load(source_tile + source_shift, mask=exists[None, :], other=0.0)
-            b = tl.load(weight_tile + weight_shift, mask=exists[:, None] & (written < channels_written)[None, :], other=0.0)
+            a = tl.load(source_tile, mask=exists[None, :], other=0.0)
+            b = tl.load(weight_tile, mask=exists[:, None] & (written < channels_written)[None, :], other=0.0)
         else:
-            a = tl.load(source_tile + source_shift)
-            b = tl.load(weight_tile + weight_shift)
+            a = tl.load(source_tile)
+            b = tl.load(weight_tile)
         if WIDEN:
             a, b = a.to(tl.float32), b.to(tl.float32)
         total = tl.dot(a, b, total, input_precision=PRECISION)
@@ -130,7 +133,7 @@ def _correlation(
         read, written, weight_read, weight_written = in_channels, out_channels, weight_in, weight_out
     batch = target.shape[0]
     pixels = batch * target.shape[2] * target.shape[3]
-    block_m, block_n, block_k, num_warps, num_stages = _config(source.dtype, pixels, written, read)
+    block_m, block_n, block_k, num_warps, num_stages = _config((source, weight), pixels, written, read)
     table, tiles = rectangle_table(axes, gradient, batch, block_m, target.device)
     column_blocks = -(-written // block_n)
     arguments = {
@@ -179,8 +182,8 @@ def _correlate_weight(
     grad_col = tl.load(entry + 5 * taps)
     source_row = tl.load(entry + 6 * taps)
     source_col = tl.load(entry + 7 * taps)
-    grad_tile = grad + (group * out_channels + out)[:, None] * grad_c
-    source_tile = source + (group * in_channels + in_)[None, :] * source_c
+    grad_channels = grad + (group * out_channels + out) * grad_c
+    source_channels = source + (group * in_channels + in_) * source_c
 
     area = rows * cols
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -201,8 +204,8 @@ def _correlate_weight(
             a_exists = a_exists & (out < out_channels)[:, None]
             b_exists = b_exists & (in_ < in_channels)[None, :]
         # Both sides are masked: a zero times whatever lies beyond the end could be NaN.
-        a = tl.load(grad_tile + grad_at[None, :], mask=a_exists, other=0.0)
-        b = tl.load(source_tile + source_at[:, None], mask=b_exists, other=0.0)
+        a = tl.load(grad_channels[:, None] + grad_at[None, :], mask=a_exists, other=0.0)
+        b = tl.load(source_channels[None, :] + source_at[:, None], mask=b_exists, other=0.0)
         if WIDEN:
             a, b = a.to(tl.float32), b.to(tl.float32)
         total = tl.dot(a, b, total, input_precision=PRECISION)
@@ -223,7 +226,7 @@ def _weight_correlation(source: Tensor, grad: Tensor, target: Tensor, axes: Axes
     out_channels, in_channels = target.shape[0] // groups, target.shape[1]
     batch = source.shape[0]
     pixels = batch * grad.shape[2] * grad.shape[3]
-    block_m, block_n, block_k, num_warps, num_stages = _config(source.dtype, out_channels, in_channels, pixels)
+    block_m, block_n, block_k, num_warps, num_stages = _config((source, grad), out_channels, in_channels, pixels)
     table = tap_table(axes, source.device)
     taps = table.shape[1]
     out_blocks, in_blocks = -(-out_channels // block_m), -(-in_channels // block_n)
@@ -254,17 +257,22 @@ def _weight_correlation(source: Tensor, grad: Tensor, target: Tensor, axes: Axes
 # Launching ------------------------------------------------------------------------------------------------------------
 
 
-def _config(dtype: torch.dtype, rows: int, cols: int, reduced: int) -> tuple[int, int, int, int, int]:
-    """(BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) of a product [rows, reduced] x [reduced, cols]: the one place to tune."""
+def _config(tensors: Sequence[Tensor], rows: int, cols: int, reduced: int) -> tuple[int, int, int, int, int]:
+    """(BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) of a product [rows, reduced] x [reduced, cols]: the one place to tune.
+
+    Where channels are neighbours in memory, loads are asynchronous 16-byte copies. Elsewhere every element needs an
+    address and a register of its own, so tiles are smaller.
+    """
+    vectors = all(tensor.stride(1) == 1 and tensor.shape[1] % 16 == 0 for tensor in tensors)
+    dtype = tensors[0].dtype
     if dtype is torch.float32:
-        most_m, most_n, most_k, warps = 64, 64, 32, 4
+        # Exact products run on the scalar units and keep their operands in registers: a shallower block.
+        most_m, most_n, most_k, warps = (64, 64, 32, 4) if vectors and dot_precision(dtype) == "tf32" else (64, 64, 16, 4)
     else:
-        most_m, most_n, most_k, warps = 128, 128, 64, 8
+        most_m, most_n, most_k, warps = (128, 128, 64, 8) if vectors else (64, 64, 32, 4)
     # A matrix instruction needs 16 along every axis; more than the problem has would only be masked away.
-    block_m, block_n, block_k = (
-        power_of_two(size, 16, most) for size, most in ((rows, most_m), (cols, most_n), (reduced, most_k))
-    )
-    return block_m, block_n, block_k, warps if block_m * block_n >= 64 * 64 else 4, 3
+    block_m, block_n = power_of_two(rows, 16, most_m), power_of_two(cols, 16, most_n)
+    return block_m, block_n, power_of_two(reduced, 16, most_k), warps if block_m * block_n >= 64 * 64 else 4, 3
 
 
 def _dot(dtype: torch.dtype) -> dict[str, object]:
