@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -92,16 +93,18 @@ class SamePaddedConv2d(Conv2d):
     """Convolution with TensorFlow's ``SAME`` zeros, for weights that were trained with them.
 
     At stride 1, and at stride 2 on an odd size, these are the centred zeros of :func:`set_geometry`. At stride 2 on an even
-    size there is one zero less, taken from the top and the left, so that windows start one pixel later.
+    size there is one zero less, taken from the top and the left, so that windows start one pixel later. The
+    geometry must be set with :func:`set_geometry`: its zeros are the starting point.
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # SAME on an even size at stride 2 starts the windows one pixel later. The op only knows symmetric zeros: it gets
         # the front's, and the missing ones behind are written out.
         shift_h, shift_w = ((n - 1) % s for n, s in zip(input.shape[2:], self.stride, strict=True))
-        if not (shift_h or shift_w):
+        # A graph for every size cannot branch on whether this one is even; there, a pad by nothing is the price.
+        if self.stride == (1, 1) or not (torch.compiler.is_compiling() or shift_h or shift_w):
             return super()._conv_forward(input, weight, bias)
-        front = (self.dilation[0] * (self.kernel_size[0] - 1) // 2 - shift_h,
-                 self.dilation[1] * (self.kernel_size[1] - 1) // 2 - shift_w)  # fmt: skip
+        centred_h, centred_w = cast("tuple[int, int]", self.padding)
+        front = (centred_h - shift_h, centred_w - shift_w)
         input = F.pad(input, (0, shift_w, 0, shift_h))
         return conv2d(input, weight, bias, self.stride, front, self.dilation, self.groups, backend=self.backend)

@@ -68,8 +68,8 @@ class BasicBlock(_Block):
         self._init_shortcut(in_channels, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self._shortcut(x))
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(self.bn2(self.conv2(y)) + self._shortcut(x), inplace=True)
 
     def set_geometry(self, geometry: Geometry) -> None:
         set_geometry(self.conv1, geometry.stride, geometry.first_rate)
@@ -94,9 +94,9 @@ class Bottleneck(_Block):
         self._init_shortcut(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = F.relu(self.bn2(self.conv2(y)))
-        return F.relu(self.bn3(self.conv3(y)) + self._shortcut(x))
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
+        return F.relu(self.bn3(self.conv3(y)) + self._shortcut(x), inplace=True)
 
     def set_geometry(self, geometry: Geometry) -> None:
         set_geometry(self.conv2, geometry.stride, geometry.first_rate)
@@ -156,7 +156,7 @@ class ResNet(Backbone):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = F.max_pool2d(x, 3, stride=2, padding=1)
         low = self.layer1(x)
         aux = self.layer3(self.layer2(low))

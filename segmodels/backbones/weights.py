@@ -53,8 +53,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def load_backbone(backbone: Backbone, state: Mapping[str, Tensor], source: str) -> None:
     """Copy a published classification state_dict into ``backbone``; its classifier's tensors are left out.
 
-    Files without BatchNorm, whose convolutions have biases instead (it was folded into them), load too: BatchNorm becomes the
-    identity plus that bias. That is exact in eval mode only; in training, batch statistics change the function at once.
+    Files whose BatchNorm was folded into the convolutions (they have biases) load too: BatchNorm becomes the identity
+    plus that bias. That is exact in eval mode only; in training, batch statistics change the function at once.
 
     Raises:
         ValueError: names every missing, unexpected or mis-shaped tensor; nothing is copied.

@@ -77,9 +77,7 @@ def test_changing_the_output_stride_back_restores_everything():
 )
 def test_multi_grid_rates(output_stride, first_block, layer3, layer4):
     with torch.device("meta"):
-        resnet = BACKBONES["resnet50"](
-            output_stride=output_stride, multi_grid=(1, 2, 4), first_block=first_block
-        )
+        resnet = BACKBONES["resnet50"](output_stride=output_stride, multi_grid=(1, 2, 4), first_block=first_block)
     for stage, rates in ((resnet.layer3, layer3), (resnet.layer4, layer4)):
         assert [block.conv2.dilation for block in stage] == [(r, r) for r in rates]
         assert [block.conv2.padding for block in stage] == [(r, r) for r in rates]

@@ -27,7 +27,7 @@ class _Bottleneck(nn.Module):
 
 
 class _ResNet50(nn.Module):
-    """Dilated as torchvision's segmentation models: strides 1, 2, 1, 1, the first block of a stage with the rate before it."""
+    """Dilated as torchvision's segmentation models; the first block of a stage has the rate before it."""
 
     def __init__(self) -> None:
         super().__init__()
