@@ -4,6 +4,9 @@ A recipe is a YAML file of the same sections; ``section.key=value`` on the comma
 error messages are made from the fields below, so they cannot drift from what the code accepts.
 """
 
+# The fields' _setting(...) only describes a field, as dataclasses.field does.
+# ruff: noqa: RUF009
+
 from __future__ import annotations
 
 import difflib
@@ -25,8 +28,14 @@ class ConfigError(ValueError):
 
 
 def _setting(
-    default: Any, text: str, *, low: float | None = None, above: float | None = None, high: float | None = None,
-    choices: tuple[str, ...] = (), length: int | None = None,
+    default: Any,
+    text: str,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+    length: int | None = None,
 ) -> Any:
     """A field. ``low``/``high`` are inclusive bounds, ``above`` an exclusive one; for lists they hold for each element."""
     metadata = {"text": text, "low": low, "above": above, "high": high, "choices": choices, "length": length}
@@ -46,9 +55,7 @@ class DataConfig:
     options: dict[str, Any] = _setting({}, "further arguments of the data set, for both splits")
     crop: list[int] = _setting([321, 321], "height and width of the training crops", low=1, length=2)
     scale: list[float] = _setting([0.5, 2.0], "bounds of the random scale factor", above=0, length=2)
-    cat_max_ratio: float = _setting(
-        1.0, "draw crops again in which one class covers more than this share", above=0, high=1
-    )
+    cat_max_ratio: float = _setting(1.0, "draw crops again in which one class covers more than this share", above=0, high=1)
     flip: float = _setting(0.5, "probability of mirroring left and right", low=0, high=1)
     jitter: float = _setting(0.0, "strength of the random brightness, contrast and saturation", low=0, high=1)
     cache: bool = _setting(True, "keep decoded images in memory")
@@ -118,6 +125,9 @@ class RunConfig:
     device: str = _setting("cpu", "cpu, cuda or cuda:N (--device)")
     threads: int | None = _setting(None, "CPU threads; by default PyTorch's choice (--threads)", low=1)
     backend: str = _setting("auto", "of the convolutions: auto, reference, cpu, triton, cuda or torch (--backend)")
+    keep_memory: bool = _setting(
+        True, "keep freed memory in the process (glibc); returning it after every layer and taking it back costs time"
+    )
     validate_every: int = _setting(0, "steps between validations; 0 validates at the end only", low=0)
     checkpoint_every: int = _setting(100, "steps between checkpoints; 0 saves when validating and at the end", low=0)
     log_every: int = _setting(10, "steps per point of the curves", low=1)
@@ -182,7 +192,7 @@ def load_config(
         raise ConfigError(
             f"{key}={shown!r}: {_first_line(error)}; set it, or give {key}=VALUE on the command line"
         ) from error
-    assert isinstance(config, Config) and isinstance(raw, dict)
+    assert isinstance(config, Config)
     _check_ranges(config)
     return config, typing.cast("dict[str, Any]", raw)
 

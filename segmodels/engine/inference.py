@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ class Predictor:
     def classes(self, images: Tensor) -> Tensor:
         """int64 ``[N, H, W]`` of normalised images float ``[N, 3, H, W]``."""
         size = tuple(images.shape[-2:])
-        with self._evaluation():
+        with _evaluating(self.model):
             if self.scales == (1.0,) and not self.flip:
                 return self._logits(images, size).argmax(1)  # softmax would not change the order
             return self._probabilities(images, size).argmax(1)
@@ -70,7 +70,7 @@ class Predictor:
     @torch.inference_mode()
     def probabilities(self, images: Tensor) -> Tensor:
         """float32 ``[N, C, H, W]``, averaged over scales and mirrorings, of images as in :meth:`classes`."""
-        with self._evaluation():
+        with _evaluating(self.model):
             return self._probabilities(images, tuple(images.shape[-2:]))
 
     def _probabilities(self, images: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -94,22 +94,16 @@ class Predictor:
             logits = self.model.logits(images)["out"]  # type: ignore[operator]
         return F.interpolate(logits.float(), size=list(size), mode="bilinear", align_corners=False)
 
-    def _evaluation(self) -> AbstractContextManager[None]:
-        return _evaluating(self.model) if self.model.training else nullcontext()
 
-
-class _evaluating(AbstractContextManager[None]):
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for the block; afterwards every module is as it was, frozen ones included."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.were_training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for module in self.were_training:
+    were_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in were_training:
             module.training = True
 
 

@@ -42,9 +42,7 @@ class SegmentationLoss(nn.Module):
         logits = F.interpolate(logits.float(), size=target.shape[-2:], mode="bilinear", align_corners=False)
         if not bool((target != IGNORE_INDEX).any()):
             return logits.sum() * 0  # the mean over no pixels would be nan and end the training
-        return F.cross_entropy(
-            logits, target, self.weight, ignore_index=IGNORE_INDEX, label_smoothing=self.label_smoothing
-        )
+        return F.cross_entropy(logits, target, self.weight, ignore_index=IGNORE_INDEX, label_smoothing=self.label_smoothing)
 
 
 def balanced_weights(labels: Iterable[np.ndarray], num_classes: int, balance: float) -> Tensor:

@@ -53,7 +53,9 @@ def current_commit() -> str:
 
     try:
         commit = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", f"{folder.parent}", f"{folder.parents[1]}/atrous_kernels")
+        changed = git(
+            "status", "--porcelain", "--untracked-files=no", "--", f"{folder.parent}", f"{folder.parents[1]}/atrous_kernels"
+        )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return commit + ("+changes" if changed else "")

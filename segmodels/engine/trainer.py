@@ -77,9 +77,7 @@ class Trainer:
         self.model = model.to(device).to(memory_format=self.layout)  # type: ignore[call-overload]
         self.ema = ModelEma(model, settings.ema_decay) if settings.ema_decay else None
         self.optimizer = build_optimizer(model, settings)
-        self.schedule = PolySchedule(
-            settings.iterations, settings.power, settings.warmup_iterations, settings.warmup_start
-        )
+        self.schedule = PolySchedule(settings.iterations, settings.power, settings.warmup_iterations, settings.warmup_start)
         self.loss = SegmentationLoss(self._class_weights(), settings.label_smoothing, settings.aux_weight).to(device)
         self.loader: ResumableLoader = build_loader(
             train_set,
@@ -101,6 +99,8 @@ class Trainer:
         self.best: dict[str, Any] | None = None
         self.scores: dict[str, Any] | None = None
         self.commits: list[dict[str, Any]] = []
+        self._saved: tuple[int, int] | None = None  # (iteration, validated) of the newest last.pt
+        self._last_time = time.monotonic()
         self._writer: Any = None
 
     def run(self) -> int | None:
@@ -140,7 +140,9 @@ class Trainer:
         return stop.signum
 
     def save(self) -> None:
-        """Writes ``last.pt``. Raises CheckpointError; the previous file is then still there."""
+        """Writes ``last.pt`` unless it is up to date. Raises CheckpointError; the previous file is then still there."""
+        if self._saved == (self.iteration, self.validated):
+            return
         self._count_time()
         save_checkpoint(
             self.work_dir / "last.pt",
@@ -162,6 +164,7 @@ class Trainer:
                 "train_seconds": self.train_seconds,
             },
         )
+        self._saved = (self.iteration, self.validated)
 
     def resume(self, path: Path) -> None:
         """Continues from a ``last.pt``.
@@ -356,7 +359,7 @@ class Trainer:
 
     def _count_time(self) -> None:
         now = time.monotonic()
-        self.seconds += now - getattr(self, "_last_time", now)
+        self.seconds += now - self._last_time
         self._last_time = now
 
     def _scalars(self, values: dict[str, float]) -> None:

@@ -1,0 +1,117 @@
+"""``python -m segmodels.evaluate --checkpoint FILE [section.key=value ...]``.
+
+One confusion matrix over a split, at the images' own size: mIoU, IoU per class, accuracies as a table and as JSON. The
+settings are those of the checkpoint; ``--config`` and overrides come on top.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import atrous_kernels
+from segmodels.config import ConfigError
+from segmodels.data import DataError
+from segmodels.engine import report
+from segmodels.engine.build import build_dataset, build_predictor, load_trained, prepare_runtime
+from segmodels.engine.checkpoints import write_json
+from segmodels.engine.cli import add_inference_flags, build_parser, flag_overrides, run_command, split_overrides
+from segmodels.engine.inference import evaluate_dataset
+from segmodels.engine.progress import Reporter, console, say
+from segmodels.engine.visualize import sheet, write_png
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit code. Errors as the functions it is made of."""
+    parser = build_parser("evaluate", (__doc__ or "").strip())
+    add_inference_flags(parser)
+    parser.add_argument("--split", metavar="NAME", help="data.val_split")
+    parser.add_argument("--output", metavar="FILE", help="the JSON; by default evaluate_SPLIT.json beside the checkpoint")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, see below")
+    flags = parser.parse_intermixed_args(arguments)
+    overrides, rest = split_overrides(flags.overrides)
+    if rest:
+        raise ConfigError(f"argument {rest[0]!r}: expected section.key=value, for example eval.flip=true")
+    overrides += flag_overrides(flags) + ([f"data.val_split={flags.split}"] if flags.split else [])
+    result = evaluate(flags.checkpoint, overrides, flags.output)
+    return 0 if result else 1
+
+
+def evaluate(checkpoint: str, overrides: list[str], output: str | None = None) -> dict[str, Any]:
+    """Evaluates a checkpoint; prints the table, writes the JSON and, with ``eval.sheet``, a picture beside it.
+
+    Args:
+        checkpoint: of :mod:`segmodels.train`.
+        overrides: ``section.key=value`` on top of the settings in it.
+        output: the JSON file; None puts it beside the checkpoint.
+
+    Returns:
+        What was written.
+
+    Raises:
+        CheckpointError, ConfigError, DataError: the message says what is wrong with which file or setting.
+    """
+    model, config, raw, state = load_trained(checkpoint, overrides)
+    device = prepare_runtime(config)
+    model.to(device)
+    split = config.data.val_split
+    dataset = build_dataset(config, split)
+    if dataset.classes != state["classes"]:
+        raise DataError(
+            f"{dataset!r} has the classes {dataset.classes}: expected those that {checkpoint} was trained on, "
+            f"{state['classes']}"
+        )
+    path = Path(output) if output else Path(checkpoint).with_name(f"evaluate_{split}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    total = min(len(dataset), config.eval.limit or len(dataset))
+    wanted = set(np.linspace(0, total - 1, config.eval.sheet).round().astype(int).tolist())
+    rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    began = time.monotonic()
+
+    def keep(index: int, image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> None:
+        if index in wanted:
+            rows.append((image, truth, prediction))
+
+    reporter = Reporter("evaluate", total, seconds=config.run.print_seconds)
+
+    def progress(done: int, total: int) -> bool:
+        reporter.update(done, f"{done / (time.monotonic() - began):.2f} images/s")
+        return True
+
+    with reporter, atrous_kernels.backend(config.run.backend):
+        matrix = evaluate_dataset(
+            build_predictor(config, model, device), dataset, limit=config.eval.limit, progress=progress, keep=keep
+        )
+    assert matrix is not None  # progress never asks to stop
+    seconds = time.monotonic() - began
+    for key in ("work_dir", "resume", "overwrite"):
+        raw["run"].pop(key)
+    result = {
+        "config": raw,
+        "backend": config.run.backend,
+        "commit": report.current_commit(),
+        "machine": report.machine(),
+        "versions": report.versions(),
+        "trained_iterations": state["iteration"],
+        "split": split,
+        "images": total,
+        "seconds": round(seconds, 2),
+        "images_per_second": round(total / seconds, 4),
+        **matrix.to_dict(dataset.classes),
+    }
+    console.print(matrix.table(dataset.classes, f"{config.model.name}, {config.data.name} {split}, {total} images"))
+    write_json(path, result)
+    say(f"wrote {path}")
+    if rows:
+        picture = path.with_suffix(".png")
+        write_png(picture, sheet(rows, dataset.classes, dataset.colors))
+        say(f"wrote {picture}")
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
