@@ -67,7 +67,17 @@ class _Sprite:
 
 # Outlines, counter-clockwise from the bow: pointed, blunt, rounded. Which one is drawn is independent of the class.
 _HULLS = (
-    [(1.0, 0.0), (0.62, 0.62), (0.1, 1.0), (-0.85, 0.88), (-1.0, 0.6), (-1.0, -0.6), (-0.85, -0.88), (0.1, -1.0), (0.62, -0.62)],
+    [
+        (1.0, 0.0),
+        (0.62, 0.62),
+        (0.1, 1.0),
+        (-0.85, 0.88),
+        (-1.0, 0.6),
+        (-1.0, -0.6),
+        (-0.85, -0.88),
+        (0.1, -1.0),
+        (0.62, -0.62),
+    ],
     [(1.0, 0.55), (0.86, 0.95), (-0.86, 0.95), (-1.0, 0.6), (-1.0, -0.6), (-0.86, -0.95), (0.86, -0.95), (1.0, -0.55)],
     [(math.cos(k * math.pi / 9), math.sin(k * math.pi / 9)) for k in range(18)],
 )
@@ -76,7 +86,16 @@ _CABINS = (
     [(0.35, 0.7), (-0.45, 0.7), (-0.45, -0.7), (0.35, -0.7)],
     [(0.55, 0.0), (0.0, 0.5), (-0.55, 0.0), (0.0, -0.5)],
 )
-_PAINTS = ((214, 62, 52), (238, 238, 232), (244, 184, 44), (44, 92, 170), (60, 64, 74), (236, 120, 44), (70, 150, 120), (150, 80, 150))
+_PAINTS = (
+    (214, 62, 52),
+    (238, 238, 232),
+    (244, 184, 44),
+    (44, 92, 170),
+    (60, 64, 74),
+    (236, 120, 44),
+    (70, 150, 120),
+    (150, 80, 150),
+)
 
 
 class Synthetic(SegmentationDataset):
@@ -92,9 +111,7 @@ class Synthetic(SegmentationDataset):
         ValueError: an option is out of range.
     """
 
-    def __init__(
-        self, split: str = "train", size: int | Sequence[int] = 128, length: int | None = None, seed: int = 0
-    ):
+    def __init__(self, split: str = "train", size: int | Sequence[int] = 128, length: int | None = None, seed: int = 0):
         height, width = (size, size) if isinstance(size, int) else size
         if min(height, width) < MINIMUM_SIZE:
             raise ValueError(f"synthetic size is {size}; expected (height, width) of {MINIMUM_SIZE} or more")
@@ -259,7 +276,8 @@ def _draw_sprite(rng: np.random.Generator, image: np.ndarray, label: np.ndarray,
 
 @dataclass
 class _Pole:
-    """A lamp post seen from above at a slant: foot, head, shaft width and lamp radius in pixels."""
+    """A lamp post seen from above at a slant: foot, head and lamp radius in pixels, and the thickness given to OpenCV,
+    which draws 1 as one pixel and 2 as three."""
 
     foot: tuple[float, float]
     head: tuple[float, float]
@@ -276,7 +294,7 @@ def _place_poles(rng: np.random.Generator, height: int, width: int) -> list[_Pol
         x, y = width * rng.uniform(0.08, 0.92), height * rng.uniform(0.4, 0.98)
         length = size * rng.uniform(0.25, 0.5)
         head = (x + length * math.sin(lean), y - length * math.cos(lean))
-        poles.append(_Pole((x, y), head, int(rng.integers(2, 4)), rng.uniform(3, 6.5)))
+        poles.append(_Pole((x, y), head, int(rng.integers(1, 3)), rng.uniform(3, 6.5)))
     return sorted(poles, key=lambda pole: pole.head[0])
 
 
@@ -308,9 +326,7 @@ def _draw_poles(rng: np.random.Generator, image: np.ndarray, label: np.ndarray, 
         cv2.circle(label, centre.tolist(), radius, POLE, -1, cv2.LINE_8, _FRACTION)
 
 
-def _cast_shadows(
-    image: np.ndarray, sprites: list[_Sprite], poles: list[_Pole], sun: tuple[float, float]
-) -> np.ndarray:
+def _cast_shadows(image: np.ndarray, sprites: list[_Sprite], poles: list[_Pole], sun: tuple[float, float]) -> np.ndarray:
     shade = np.zeros(image.shape[:2], np.uint8)
     for sprite in sprites:
         reach = 1.5 + 0.07 * sprite.length
