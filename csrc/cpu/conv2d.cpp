@@ -1,0 +1,76 @@
+// From a convolution to correlations.
+#include "conv2d.h"
+
+#include "correlate.h"
+
+namespace atrous::cpu {
+namespace {
+
+int64_t element_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
+void correlate(const Correlation& job, DType dtype, bool depthwise) {
+  depthwise ? depthwise_correlate(job, dtype) : dense_correlate(job, dtype);
+}
+
+}  // namespace
+
+void conv2d(const Conv2dShape& s, DType dtype, ConstTensor input, ConstTensor weight, const void* bias,
+            MutableTensor output) {
+  Correlation job{};
+  job.batch = s.batch;
+  job.groups = s.groups;
+  job.src_channels = s.in_channels / s.groups;
+  job.dst_channels = s.out_channels / s.groups;
+  job.h = forward_axis(s.in_h, s.out_h, s.kernel_h, s.stride_h, s.padding_h, s.dilation_h);
+  job.w = forward_axis(s.in_w, s.out_w, s.kernel_w, s.stride_w, s.padding_w, s.dilation_w);
+  job.src = input;
+  job.dst = output;
+  job.weight = weight.data;
+  job.weight_group = job.dst_channels * weight.strides.n;
+  job.weight_dst = weight.strides.n;
+  job.weight_src = weight.strides.c;
+  job.weight_tap_h = weight.strides.h;
+  job.weight_tap_w = weight.strides.w;
+  job.bias = bias;
+  correlate(job, dtype, is_depthwise(s));
+}
+
+void conv2d_input(const Conv2dShape& s, DType dtype, ConstTensor weight, ConstTensor grad_output,
+                  MutableTensor grad_input) {
+  const int64_t size = element_size(dtype);
+  for (int64_t row = 0; row < s.stride_h && row < s.in_h; ++row) {
+    for (int64_t column = 0; column < s.stride_w && column < s.in_w; ++column) {
+      const InputGradAxis h =
+          input_grad_axis(s.in_h, s.out_h, s.kernel_h, s.stride_h, s.padding_h, s.dilation_h, row);
+      const InputGradAxis w =
+          input_grad_axis(s.in_w, s.out_w, s.kernel_w, s.stride_w, s.padding_w, s.dilation_w, column);
+      const Strides& to = grad_input.strides;
+      const Strides& by = weight.strides;
+      Correlation job{};
+      job.batch = s.batch;
+      job.groups = s.groups;
+      job.src_channels = s.out_channels / s.groups;
+      job.dst_channels = s.in_channels / s.groups;
+      job.h = h.axis;
+      job.w = w.axis;
+      job.src = grad_output;
+      job.dst.data = static_cast<char*>(grad_input.data) + (row * to.h + column * to.w) * size;
+      job.dst.strides = {to.n, to.c, to.h * s.stride_h, to.w * s.stride_w};
+      job.weight = static_cast<const char*>(weight.data) + (h.first_tap * by.h + w.first_tap * by.w) * size;
+      job.weight_group = job.src_channels * by.n;
+      job.weight_dst = by.c;
+      job.weight_src = by.n;
+      job.weight_tap_h = by.h * h.tap_stride;
+      job.weight_tap_w = by.w * w.tap_stride;
+      correlate(job, dtype, is_depthwise(s));
+    }
+  }
+}
+
+void conv2d_weight(const Conv2dShape& s, DType dtype, ConstTensor input, ConstTensor grad_output,
+                   MutableTensor grad_weight) {
+  is_depthwise(s) ? depthwise_weight_gradient(s, dtype, input, grad_output, grad_weight)
+                  : dense_weight_gradient(s, dtype, input, grad_output, grad_weight);
+}
+
+}  // namespace atrous::cpu

@@ -1,0 +1,51 @@
+// The CPU convolutions as functions of plain numbers and pointers: no framework types.
+//
+// Tensors come with element strides, so any layout is read and written as it is. Every element of the result is written,
+// also where no tap is valid. Each sum has one order, fixed by the problem alone: the same arguments give the same bits
+// for any number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace atrous::cpu {
+
+enum class DType { float32, float64, bfloat16 };
+
+// Elements between neighbours along [N, C, H, W], or [O, I / groups, KH, KW] for a weight.
+struct Strides {
+  int64_t n, c, h, w;
+};
+struct ConstTensor {
+  const void* data;
+  Strides strides;
+};
+struct MutableTensor {
+  void* data;
+  Strides strides;
+};
+
+struct Conv2dShape {
+  int64_t batch, in_channels, in_h, in_w;
+  int64_t out_channels, out_h, out_w;
+  int64_t kernel_h, kernel_w;
+  int64_t stride_h, stride_w;
+  int64_t padding_h, padding_w;
+  int64_t dilation_h, dilation_w;
+  int64_t groups;
+};
+
+inline bool is_depthwise(const Conv2dShape& s) {
+  return s.groups > 1 && s.groups == s.in_channels && s.groups == s.out_channels;
+}
+
+// bias: out_channels contiguous values of the same dtype, or null.
+void conv2d(const Conv2dShape& shape, DType dtype, ConstTensor input, ConstTensor weight, const void* bias,
+            MutableTensor output);
+void conv2d_input(const Conv2dShape& shape, DType dtype, ConstTensor weight, ConstTensor grad_output,
+                  MutableTensor grad_input);
+void conv2d_weight(const Conv2dShape& shape, DType dtype, ConstTensor input, ConstTensor grad_output,
+                   MutableTensor grad_weight);
+
+}  // namespace atrous::cpu

@@ -1,0 +1,311 @@
+// Dense correlation: a matrix product of pixels by written channels whose depth is (valid taps) x (source channels).
+//
+// The output is cut into rectangles of constant valid taps (problem.h). A rectangle is flattened over images, rows and
+// columns into blocks of pixels; an item of work is one block times one panel of channels. A kernel reads pixels through
+// one address per row of its tile, plus an offset per tap that the whole rectangle shares.
+//
+// The kernels want the channels of a pixel side by side. An NHWC source is read in place. Any other source (and bfloat16
+// where the machine has no instruction for it) is staged: a chunk of channels at a time is brought into that form in a
+// cache-sized buffer, shared by all threads.
+#include <array>
+
+#include "correlate.h"
+#include "pack_weight.h"
+#include "typed.h"
+
+namespace atrous::cpu {
+namespace {
+
+// Pixels per block: whole tiles for every height of tile (6, 9 and 12 rows with 32 registers; 6 and 12 with 16).
+constexpr int64_t block_pixels = 180;
+constexpr int64_t small_block_pixels = 36;
+constexpr int64_t stage_bytes = 4 << 20;
+
+// Images [image, image_end) and written rows [row, row_end), and the source rows that these read.
+struct Slab {
+  int64_t image, image_end, row, row_end;
+  int64_t src_row, src_row_end;
+};
+
+// Pixels [first, first + pixels) of a rectangle flattened over (image, row, column), times one panel.
+struct Item {
+  Segment h, w;
+  int64_t first, pixels;
+  int64_t panel;
+  int64_t sums;  // where its sums lie in the buffer of the slab
+};
+
+void source_rows(const Axis& h, Slab& slab) {
+  const int64_t reach = (h.taps - 1) * h.tap_step;
+  const int64_t first = slab.row * h.src_step + h.src_offset + std::min<int64_t>(reach, 0);
+  const int64_t last = (slab.row_end - 1) * h.src_step + h.src_offset + std::max<int64_t>(reach, 0);
+  slab.src_row = std::clamp<int64_t>(first, 0, h.n_src);
+  slab.src_row_end = std::clamp<int64_t>(last + 1, slab.src_row, h.n_src);
+}
+
+std::vector<Slab> make_slabs(const Correlation& job, bool staged, int64_t pixel_bytes) {
+  const int64_t rows = job.h.n_out;
+  const int64_t row_bytes = std::max<int64_t>(job.w.n_src * pixel_bytes, 1);
+  int64_t images = job.batch, strip = rows;
+  if (staged) {
+    images = std::clamp<int64_t>(stage_bytes / (row_bytes * job.h.n_src), 1, job.batch);
+    if (row_bytes * job.h.n_src > stage_bytes) {
+      const int64_t halo = (job.h.taps - 1) * std::abs(job.h.tap_step);
+      const int64_t src_rows = std::max<int64_t>(stage_bytes / row_bytes, 2 * halo + 4);
+      strip = std::clamp<int64_t>((src_rows - halo) / job.h.src_step, 1, rows);
+    }
+  }
+  std::vector<Slab> slabs;
+  for (int64_t image = 0; image < job.batch; image += images)
+    for (int64_t row = 0; row < rows; row += strip) {
+      Slab slab{image, std::min(image + images, job.batch), row, std::min(row + strip, rows), 0, 0};
+      source_rows(job.h, slab);
+      slabs.push_back(slab);
+    }
+  return slabs;
+}
+
+template <class S, class A> class DenseCorrelation {
+ public:
+  using Acc = Accumulator<A>;
+
+  DenseCorrelation(const Correlation& job)
+      : job_(job), mm_(matmul_kernels<A>()), layout_(WeightLayout::make<A>(job.dst_channels, job.src_channels, job.taps())) {
+    const bool nhwc = job.src.strides.c == 1 || job.src_channels == 1;
+    staged_ = !std::is_same_v<S, A> || !nhwc || job.src_channels % mm_.depth_channels != 0;
+    direct_ = std::is_same_v<S, Acc> && (job.dst.strides.c == 1 || job.dst_channels == 1);
+    threads_ = threads_for(job.flops());
+  }
+
+  void run() {
+    const int64_t taps = job_.taps();
+    int64_t padded = 0;
+    for (const Panel& panel : layout_.panels) padded += panel.width;
+    Scratch packed(static_cast<size_t>(layout_.elements) * sizeof(A));
+    Scratch bias(static_cast<size_t>(padded) * sizeof(Acc));
+    const int64_t chunk_channels = layout_.chunks.front().padded;
+    const std::vector<Slab> slabs = make_slabs(job_, staged_, chunk_channels * static_cast<int64_t>(sizeof(A)));
+    int64_t stage_elements = 0;
+    for (const Slab& slab : slabs)
+      stage_elements = std::max(stage_elements, (slab.image_end - slab.image) * (slab.src_row_end - slab.src_row) *
+                                                    job_.w.n_src * chunk_channels);
+    Scratch stage(staged_ ? static_cast<size_t>(stage_elements) * sizeof(A) : 0);
+    packed_ = packed.as<A>();
+    bias_ = bias.as<Acc>();
+    stage_ = stage.as<A>();
+
+    for (int64_t group = 0; group < job_.groups; ++group) {
+      group_ = group;
+      const S* weight = static_cast<const S*>(job_.weight) + group * job_.weight_group;
+      if (taps > 0) pack_weight<S, A>(job_, layout_, weight, packed_, threads_);
+      std::fill_n(bias_, padded, Acc{0});
+      if (job_.bias != nullptr)
+        for (int64_t i = 0; i < job_.dst_channels; ++i)
+          bias_[i] = convert_value<S, Acc>(static_cast<const S*>(job_.bias)[group * job_.dst_channels + i]);
+      for (const Slab& slab : slabs) run_slab(slab);
+    }
+  }
+
+ private:
+  void run_slab(const Slab& slab) {
+    const std::vector<Item> items = make_items(slab);
+    if (items.empty()) return;
+    const int64_t chunks = static_cast<int64_t>(layout_.chunks.size());
+    if (!staged_) {
+      const Strides& s = job_.src.strides;
+      src_ = reinterpret_cast<const char*>(static_cast<const S*>(job_.src.data) + group_ * job_.src_channels * s.c);
+      src_strides_ = s;
+      src_image_ = src_row_ = 0;
+      return run_items(items, nullptr, 0, chunks);
+    }
+    // Between chunks the sums of the slab wait in the destination itself, or in a buffer where its form differs.
+    const bool keep = !direct_ && chunks > 1;
+    Scratch sums(keep ? static_cast<size_t>(sums_elements_) * sizeof(Acc) : 0);
+    src_ = reinterpret_cast<const char*>(stage_);
+    src_image_ = slab.image;
+    src_row_ = slab.src_row;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      stage_chunk(slab, layout_.chunks[chunk]);
+      run_items(items, keep ? sums.as<Acc>() : nullptr, chunk, chunk + 1);
+    }
+  }
+
+  // Source rows of the slab and the channels of the chunk, NHWC, in the type that is multiplied.
+  void stage_chunk(const Slab& slab, const Chunk& chunk) {
+    const Strides& s = job_.src.strides;
+    const int64_t width = job_.w.n_src, depth = chunk.padded;
+    const int64_t rows = slab.src_row_end - slab.src_row, images = slab.image_end - slab.image;
+    src_strides_ = {rows * width * depth, 1, width * depth, depth};
+    // Rows that follow each other without a gap are one long row.
+    const bool flat = s.h == s.w * width;
+    const int64_t line = flat ? rows * width : width, lines = flat ? 1 : rows;
+    constexpr int64_t piece = 128;
+    const int64_t pieces = ceil_div(line, piece);
+    const S* src = static_cast<const S*>(job_.src.data) + (group_ * job_.src_channels + chunk.first) * s.c;
+    parallel(images * lines * pieces, threads_, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t image = task / (lines * pieces), row = task / pieces % lines, first = task % pieces * piece;
+        const int64_t pixels = std::min(piece, line - first);
+        const S* from = src + (slab.image + image) * s.n + (slab.src_row + row) * s.h + first * s.w;
+        A* to = stage_ + ((image * lines + row) * line + first) * depth;
+        copy_matrix(pixels, chunk.channels, from, s.w, s.c, to, depth, 1);
+        if (depth > chunk.channels)
+          for (int64_t pixel = 0; pixel < pixels; ++pixel) to[pixel * depth + depth - 1] = A{};
+      }
+    });
+  }
+
+  std::vector<Item> make_items(const Slab& slab) {
+    const int64_t images = slab.image_end - slab.image;
+    std::vector<std::pair<Segment, Segment>> rectangles;
+    int64_t pixels = 0;
+    for (Segment h : axis_segments(job_.h)) {
+      h.start = std::max(h.start, slab.row);
+      h.stop = std::min(h.stop, slab.row_end);
+      if (h.start >= h.stop) continue;
+      for (const Segment& w : axis_segments(job_.w)) {
+        rectangles.emplace_back(h, w);
+        pixels += images * (h.stop - h.start) * (w.stop - w.start);
+      }
+    }
+    const int64_t panels = static_cast<int64_t>(layout_.panels.size());
+    const int64_t block = pixels * panels >= 8 * threads_ * block_pixels ? block_pixels : small_block_pixels;
+    std::vector<Item> items;
+    sums_elements_ = 0;
+    for (const auto& [h, w] : rectangles) {
+      const int64_t size = images * (h.stop - h.start) * (w.stop - w.start);
+      for (int64_t first = 0; first < size; first += block)
+        for (int64_t panel = 0; panel < panels; ++panel) {
+          const int64_t mine = std::min(block, size - first);
+          items.push_back({h, w, first, mine, panel, sums_elements_});
+          sums_elements_ += mine * layout_.panels[panel].width;
+        }
+    }
+    slab_ = slab;
+    return items;
+  }
+
+  void run_items(const std::vector<Item>& items, Acc* sums, int64_t chunk, int64_t chunk_end) {
+    std::vector<int64_t> cost;
+    cost.reserve(items.size());
+    for (const Item& item : items) {
+      const int64_t taps = (item.h.tap_stop - item.h.tap_start) * (item.w.tap_stop - item.w.tap_start);
+      cost.push_back(item.pixels * layout_.panels[item.panel].vectors * std::max<int64_t>(taps, 1));
+    }
+    parallel_by_cost(cost, threads_, [&](int64_t begin, int64_t end) {
+      run_range(items.data() + begin, items.data() + end, sums, chunk, chunk_end);
+    });
+  }
+
+  void run_range(const Item* item, const Item* end, Acc* sums, int64_t chunk, int64_t chunk_end) {
+    int64_t widest = 0;
+    for (const Panel& panel : layout_.panels) widest = std::max(widest, panel.width);
+    Scratch local(direct_ ? 0 : static_cast<size_t>(block_pixels * widest) * sizeof(Acc));
+    std::array<int64_t, block_pixels> from, to;
+    std::vector<int64_t> a_offset;
+    std::vector<const void*> b;
+    const Item* placed = nullptr;
+    for (; item < end; ++item) {
+      if (placed == nullptr || placed->first != item->first || placed->h.start != item->h.start ||
+          placed->w.start != item->w.start) {
+        place(*item, from.data(), to.data(), a_offset);
+        placed = item;
+      }
+      Acc* block = sums != nullptr ? sums + item->sums : local.as<Acc>();
+      for (int64_t c = chunk; c < chunk_end; ++c) multiply(*item, layout_.chunks[c], from.data(), to.data(), a_offset, b, block);
+      if (!direct_ && chunk_end == static_cast<int64_t>(layout_.chunks.size())) emit(*item, to.data(), block);
+    }
+  }
+
+  // Addresses of a block: of its pixels under the first valid tap (bytes) and in the destination (elements), and of the
+  // other taps relative to the first.
+  void place(const Item& item, int64_t* from, int64_t* to, std::vector<int64_t>& a_offset) const {
+    const Axis &ah = job_.h, &aw = job_.w;
+    const Strides &s = src_strides_, &d = job_.dst.strides;
+    const int64_t size = sizeof(A);
+    const int64_t rows = item.h.stop - item.h.start, columns = item.w.stop - item.w.start;
+    int64_t x = item.first % columns, y = item.first / columns % rows, n = slab_.image + item.first / columns / rows;
+    const int64_t y0 = item.h.start * ah.src_step + ah.src_offset + item.h.tap_start * ah.tap_step - src_row_;
+    const int64_t x0 = item.w.start * aw.src_step + aw.src_offset + item.w.tap_start * aw.tap_step;
+    for (int64_t i = 0; i < item.pixels; ++i) {
+      from[i] = size * ((n - src_image_) * s.n + (y0 + y * ah.src_step) * s.h + (x0 + x * aw.src_step) * s.w);
+      to[i] = n * d.n + (item.h.start + y) * d.h + (item.w.start + x) * d.w;
+      if (++x == columns) {
+        x = 0;
+        if (++y == rows) y = 0, ++n;
+      }
+    }
+    a_offset.clear();
+    for (int64_t i = 0; i < item.h.tap_stop - item.h.tap_start; ++i)
+      for (int64_t j = 0; j < item.w.tap_stop - item.w.tap_start; ++j)
+        a_offset.push_back(size * (i * ah.tap_step * s.h + j * aw.tap_step * s.w));
+  }
+
+  void multiply(const Item& item, const Chunk& chunk, const int64_t* from, const int64_t* to,
+                const std::vector<int64_t>& a_offset, std::vector<const void*>& b, Acc* block) const {
+    const Panel& panel = layout_.panels[item.panel];
+    b.clear();
+    for (int64_t i = item.h.tap_start; i < item.h.tap_stop; ++i)
+      for (int64_t j = item.w.tap_start; j < item.w.tap_stop; ++j)
+        b.push_back(packed_ + layout_.offset(panel, chunk, job_.taps(), i * job_.w.taps + j));
+    const char* src = staged_ ? src_ : src_ + chunk.first * static_cast<int64_t>(sizeof(A));
+    Acc* dst = direct_ ? static_cast<Acc*>(job_.dst.data) + (group_ * job_.dst_channels + panel.first) * job_.dst.strides.c
+                       : nullptr;
+
+    const char* a[max_rows];
+    void* c[max_rows];
+    MatmulTile tile{static_cast<int64_t>(b.size()),
+                    chunk.padded / mm_.depth_channels,
+                    a_offset.data(),
+                    b.data(),
+                    a,
+                    c,
+                    chunk.first == 0 ? bias_ + panel.first : nullptr,
+                    direct_ ? panel.columns : panel.width};
+    const int64_t tall = mm_.rows_of[panel.vectors];
+    for (int64_t first = 0; first < item.pixels; first += tall) {
+      const int64_t rows = std::min(tall, item.pixels - first);
+      for (int64_t i = 0; i < rows; ++i) {
+        a[i] = src + from[first + i];
+        c[i] = direct_ ? dst + to[first + i] : block + (first + i) * panel.width;
+      }
+      mm_.kernel[panel.vectors][rows](tile);
+    }
+  }
+
+  // Finished sums into the destination's type and layout, in runs of pixels that are equally spaced there.
+  void emit(const Item& item, const int64_t* to, const Acc* block) const {
+    const Panel& panel = layout_.panels[item.panel];
+    const Strides& d = job_.dst.strides;
+    S* dst = static_cast<S*>(job_.dst.data) + (group_ * job_.dst_channels + panel.first) * d.c;
+    for (int64_t i = 0; i < item.pixels;) {
+      int64_t end = i + 1;
+      while (end < item.pixels && to[end] - to[end - 1] == d.w) ++end;
+      copy_matrix(end - i, panel.columns, block + i * panel.width, panel.width, 1, dst + to[i], d.w, d.c);
+      i = end;
+    }
+  }
+
+  const Correlation& job_;
+  const MatmulKernels& mm_;
+  const WeightLayout layout_;
+  bool staged_, direct_;
+  int64_t threads_, group_ = 0, sums_elements_ = 0;
+  A *packed_ = nullptr, *stage_ = nullptr;
+  Acc* bias_ = nullptr;
+  Slab slab_{};
+  const char* src_ = nullptr;  // the source, or its staged chunk, whose first image and row are src_image_ and src_row_
+  Strides src_strides_{};
+  int64_t src_image_ = 0, src_row_ = 0;
+};
+
+}  // namespace
+
+void dense_correlate(const Correlation& job, DType dtype) {
+  if (dtype == DType::float32) return DenseCorrelation<float, float>(job).run();
+  if (dtype == DType::float64) return DenseCorrelation<double, double>(job).run();
+  if (kernels().matmul_bf16.lanes > 0) return DenseCorrelation<bf16, bf16>(job).run();
+  DenseCorrelation<bf16, float>(job).run();
+}
+
+}  // namespace atrous::cpu

@@ -1,0 +1,56 @@
+// What the drivers need around the kernels: the table in use, the framework's threads, scratch memory.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+
+namespace atrous::cpu {
+
+// The table of the selected instruction set (isa.h); chosen once per process.
+const Kernels& kernels();
+
+// Threads that a call of about `flops` operations should be spread over: never more than the framework's setting.
+int64_t threads_for(double flops);
+
+// body(begin, end) over parts of [0, count), on the framework's own pool. Exceptions must not leave the body.
+void parallel_ranges(int64_t count, int64_t threads, void (*body)(int64_t begin, int64_t end, void* context), void* context);
+
+template <class Body> void parallel(int64_t count, int64_t threads, const Body& body) {
+  parallel_ranges(
+      count, threads,
+      [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); },
+      const_cast<Body*>(&body));
+}
+
+// body(begin, end) over consecutive tasks, every thread with an equal share of the cost.
+template <class Body> void parallel_by_cost(const std::vector<int64_t>& cost, int64_t threads, const Body& body) {
+  std::vector<int64_t> before{0};
+  before.reserve(cost.size() + 1);
+  for (const int64_t one : cost) before.push_back(before.back() + one);
+  const auto task = [&](int64_t part) {
+    if (part == threads) return static_cast<int64_t>(cost.size());
+    return static_cast<int64_t>(std::lower_bound(before.begin(), before.end(), before.back() * part / threads) - before.begin());
+  };
+  parallel(threads, threads, [&](int64_t part, int64_t part_end) { body(task(part), task(part_end)); });
+}
+
+// 64-byte aligned scratch memory, kept by the calling thread for its next call (fresh pages cost as much as the arithmetic
+// of a small convolution). With ATROUS_POISON=1 it starts as NaN.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes);
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  template <class T> T* as() const { return static_cast<T*>(data_); }
+
+ private:
+  void* data_;
+  size_t capacity_;
+};
+
+}  // namespace atrous::cpu

@@ -1,0 +1,100 @@
+// torch.ops.atrous_native.conv2d, conv2d_input and conv2d_weight: schemas, argument checks, CPU dispatch.
+// LibTorch's stable ABI only: one binary serves every PyTorch from 2.10 on, and every Python.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "conv2d_check.h"
+#include "cpu/conv2d.h"
+
+namespace atrous {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+cpu::DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return cpu::DType::float32;
+    case ScalarType::Double: return cpu::DType::float64;
+    case ScalarType::BFloat16: return cpu::DType::bfloat16;
+    default: fail("dtype", "expected float32, float64, bfloat16 or float16, but got scalar type ", static_cast<int>(t.scalar_type()));
+  }
+}
+
+bool is_half(const Tensor& t) { return t.scalar_type() == ScalarType::Half; }
+Tensor to_type(const Tensor& t, ScalarType type) { return torch::stable::to(t, type); }
+
+cpu::Strides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
+cpu::ConstTensor read(const Tensor& t) { return {t.const_data_ptr(), strides_of(t)}; }
+cpu::MutableTensor write(const Tensor& t) { return {t.mutable_data_ptr(), strides_of(t)}; }
+
+cpu::Conv2dShape shape_of(const Conv2dArguments& a) {
+  return {a.input[0],    a.input[1],   a.input[2],   a.input[3],    a.output[1],   a.output[2],   a.output[3],
+          a.weight[2],   a.weight[3],  a.stride[0],  a.stride[1],   a.padding[0],  a.padding[1],  a.dilation[0],
+          a.dilation[1], a.groups};
+}
+
+// The CPU has no half-precision arithmetic worth the name: float16 is computed in float32 and rounded once.
+Tensor conv2d_cpu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, std::vector<int64_t> stride,
+                  std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups) {
+  const Conv2dArguments a = check_forward(input, weight, bias, stride, padding, dilation, groups);
+  if (is_half(input)) {
+    const auto wide_bias = bias ? std::optional<Tensor>(to_type(*bias, ScalarType::Float)) : std::nullopt;
+    return to_type(conv2d_cpu(to_type(input, ScalarType::Float), to_type(weight, ScalarType::Float), wide_bias, stride,
+                              padding, dilation, groups),
+                   ScalarType::Half);
+  }
+  Tensor output = empty(a.output, input, either_channels_last(input, weight));
+  if (output.numel() == 0) return output;
+  std::optional<Tensor> dense_bias;
+  if (bias) dense_bias = torch::stable::contiguous(*bias);
+  cpu::conv2d(shape_of(a), dtype_of(input), read(input), read(weight), bias ? dense_bias->const_data_ptr() : nullptr,
+              write(output));
+  return output;
+}
+
+Tensor conv2d_input_cpu(std::vector<int64_t> input_size, const Tensor& weight, const Tensor& grad_output,
+                        std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                        int64_t groups) {
+  const Conv2dArguments a = check_input_gradient(input_size, weight, grad_output, stride, padding, dilation, groups);
+  if (is_half(weight))
+    return to_type(conv2d_input_cpu(input_size, to_type(weight, ScalarType::Float), to_type(grad_output, ScalarType::Float),
+                                    stride, padding, dilation, groups),
+                   ScalarType::Half);
+  Tensor grad_input = empty(a.input, weight, either_channels_last(weight, grad_output));
+  if (grad_input.numel() > 0)
+    cpu::conv2d_input(shape_of(a), dtype_of(weight), read(weight), read(grad_output), write(grad_input));
+  return grad_input;
+}
+
+Tensor conv2d_weight_cpu(const Tensor& input, std::vector<int64_t> weight_size, const Tensor& grad_output,
+                         std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                         int64_t groups) {
+  const Conv2dArguments a = check_weight_gradient(input, weight_size, grad_output, stride, padding, dilation, groups);
+  if (is_half(input))
+    return to_type(conv2d_weight_cpu(to_type(input, ScalarType::Float), weight_size, to_type(grad_output, ScalarType::Float),
+                                     stride, padding, dilation, groups),
+                   ScalarType::Half);
+  Tensor grad_weight = empty(a.weight, input, either_channels_last(input, grad_output));
+  if (grad_weight.numel() > 0)
+    cpu::conv2d_weight(shape_of(a), dtype_of(input), read(input), read(grad_output), write(grad_weight));
+  return grad_weight;
+}
+
+}  // namespace
+}  // namespace atrous
+
+STABLE_TORCH_LIBRARY(atrous_native, m) {
+  m.def("conv2d(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor");
+  m.def("conv2d_input(int[] input_size, Tensor weight, Tensor grad_output, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor");
+  m.def("conv2d_weight(Tensor input, int[] weight_size, Tensor grad_output, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(atrous_native, CPU, m) {
+  m.impl("conv2d", TORCH_BOX(&atrous::conv2d_cpu));
+  m.impl("conv2d_input", TORCH_BOX(&atrous::conv2d_input_cpu));
+  m.impl("conv2d_weight", TORCH_BOX(&atrous::conv2d_weight_cpu));
+}

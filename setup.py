@@ -1,0 +1,76 @@
+"""Builds the compiled half of atrous_kernels with CMake; everything else about the package is in pyproject.toml.
+
+Environment: ``ATROUS_CUDA=AUTO|ON|OFF``, ``ATROUS_CUDA_ARCHS`` (default ``80;90a``), ``ATROUS_SANITIZE`` (``address,undefined``),
+``ATROUS_BUILD_TYPE`` (default ``Release``), ``CMAKE_BUILD_PARALLEL_LEVEL``. Uses neither the network nor a GPU. Without a
+compiler or CMake the package installs all the same and runs on Python, Triton and the framework's own operators.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def _missing() -> list[str]:
+    """What a build needs and this machine lacks."""
+    compilers = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    needs = {
+        "a C++ compiler": any(shutil.which(name) for name in compilers),
+        "cmake": shutil.which("cmake") is not None,
+        "pybind11": importlib.util.find_spec("pybind11") is not None,
+        "torch": importlib.util.find_spec("torch") is not None,
+    }
+    return [name for name, found in needs.items() if not found]
+
+
+class CMakeBuild(build_ext):
+    """One CMake project gives the libraries and the module; setuptools only learns where they are."""
+
+    def run(self) -> None:
+        missing = _missing()
+        if missing:
+            if os.environ.get("ATROUS_CUDA") == "ON":
+                raise RuntimeError(f"ATROUS_CUDA=ON, but the compiled library cannot be built without {', '.join(missing)}")
+            line = f"atrous_kernels: {', '.join(missing)} not found, so the compiled library is NOT built."
+            print(f"{'!' * len(line)}\n{line}\nEverything works without it, but slower.\n{'!' * len(line)}", file=sys.stderr)
+            return
+        self._build()
+
+    def _build(self) -> None:
+        in_place = self.inplace or getattr(self, "editable_mode", False)
+        package = ROOT / "atrous_kernels" if in_place else Path(self.build_lib).resolve() / "atrous_kernels"
+        folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        torch = importlib.util.find_spec("torch")
+        assert torch is not None
+        assert torch.origin is not None
+        configure = [
+            "cmake", "-S", str(ROOT), "-B", str(folder),
+            f"-DATROUS_OUTPUT={package}", f"-DATROUS_TORCH={Path(torch.origin).parent}", f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DCMAKE_BUILD_TYPE={os.environ.get('ATROUS_BUILD_TYPE', 'Release')}",
+            f"-DATROUS_CUDA={os.environ.get('ATROUS_CUDA', 'AUTO')}",
+            f"-DATROUS_CUDA_ARCHS={os.environ.get('ATROUS_CUDA_ARCHS', '80;90a')}",
+            f"-DATROUS_SANITIZE={os.environ.get('ATROUS_SANITIZE', '')}",
+        ]  # fmt: skip
+        if not (folder / "CMakeCache.txt").exists() and shutil.which("ninja"):
+            configure += ["-G", "Ninja"]
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(folder)], check=True)
+
+    # Only what was really built: a build without a compiler has no outputs.
+    def get_outputs(self) -> list[str]:
+        return [path for path in super().get_outputs() if Path(path).exists()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {built: source for built, source in super().get_output_mapping().items() if Path(built).exists()}
+
+
+setup(ext_modules=[Extension("atrous_kernels._introspect", sources=[])], cmdclass={"build_ext": CMakeBuild})
