@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import os
 import typing
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +174,7 @@ def load_config(
         path = find_recipe(recipe)
         _merge(merged, _read_yaml(path), str(path))
     for text in overrides or []:
-        key, equals, value = text.partition("=")
+        key, equals, _ = text.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"override {text!r}: expected section.key=value, for example train.lr=0.02")
         try:
@@ -182,19 +182,12 @@ def load_config(
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ConfigError(f"override {text!r}: the value is not YAML: {' '.join(str(error).split())}") from error
         _merge(merged, given, "the command line")
-    raw = OmegaConf.to_container(merged, resolve=False)
-    try:
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        key = error.full_key or "configuration"
-        value = OmegaConf.to_container(merged, resolve=False).get(key.split(".")[0], {})
-        shown = value.get(key.split(".")[-1]) if isinstance(value, dict) else value
-        raise ConfigError(
-            f"{key}={shown!r}: {_first_line(error)}; set it, or give {key}=VALUE on the command line"
-        ) from error
+    raw = typing.cast("dict[str, Any]", OmegaConf.to_container(merged, resolve=False))
+    _check_resolved(merged, raw)
+    config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
     _check_ranges(config)
-    return config, typing.cast("dict[str, Any]", raw)
+    return config, raw
 
 
 def find_recipe(name: str | os.PathLike[str]) -> Path:
@@ -223,7 +216,7 @@ def describe() -> str:
         lines += ["", f"{section}: {(kind.__doc__ or '').strip()}"]
         hints = typing.get_type_hints(kind)
         for item in fields(kind):
-            default = item.default if item.default is not MISSING else item.default_factory()  # type: ignore[misc]
+            default = getattr(kind(), item.name)
             expected = _expected(hints[item.name], item.metadata)
             lines += [f"  {section}.{item.name}={_yaml(default)}   ({expected})", f"      {item.metadata['text']}"]
     return "\n".join(lines).lstrip("\n")
@@ -281,6 +274,18 @@ def _fits(value: Any, hint: Any) -> bool:
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, kind)
+
+
+def _check_resolved(merged: DictConfig, raw: dict[str, Any]) -> None:
+    for section, values in raw.items():
+        for key, value in values.items():
+            try:
+                OmegaConf.to_container(merged[section], resolve=True) if isinstance(value, dict) else merged[section][key]
+            except OmegaConfBaseException as error:
+                reason = str(error).splitlines()[0].replace("KeyError raised while resolving interpolation: ", "").strip('"')
+                raise ConfigError(
+                    f"{section}.{key}={value!r}: {reason}; set it, or give {section}.{key}=VALUE on the command line"
+                ) from error
 
 
 def _check_ranges(config: Config) -> None:
@@ -344,7 +349,3 @@ def _yaml(value: Any) -> str:
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

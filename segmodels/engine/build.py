@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import random
-from collections.abc import Sequence
 from typing import Any
 
 import cv2
@@ -91,7 +90,7 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
     )
 
 
-def normalization(model: nn.Module) -> dict[str, Sequence[float]]:
+def normalization(model: nn.Module) -> dict[str, Any]:
     """``mean`` and ``std`` under which the weights of the model's backbone were published."""
     backbone = getattr(model, "backbone", None)
     return {

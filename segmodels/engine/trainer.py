@@ -200,7 +200,7 @@ class Trainer:
         labels = labels.to(self.device, non_blocking=True)
         factor = self.schedule.apply(self.optimizer, self.iteration)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.amp != "none"):
-            logits = self.model.logits(images)  # type: ignore[operator]
+            logits = self.model.logits(images)
         loss = self.loss(logits, labels)
         value = float(loss.detach())
         if not math.isfinite(value):

@@ -37,8 +37,7 @@ def overlay(image: np.ndarray, label: np.ndarray, colors: np.ndarray, alpha: flo
     edges = np.zeros(label.shape, bool)
     edges[:, 1:] |= label[:, 1:] != label[:, :-1]
     edges[1:] |= label[1:] != label[:-1]
-    blended[edges] //= 2
-    return blended
+    return np.where(edges[..., None], blended // 2, blended).astype(np.uint8)
 
 
 def legend(classes: Sequence[str], colors: np.ndarray, width: int) -> np.ndarray:
