@@ -141,7 +141,7 @@ def power_of_two(value: int, least: int, most: int) -> int:
 
 def new_tensor(size: Sequence[int], like: Tensor, *others: Tensor) -> Tensor:
     """An unwritten tensor of the dtype of ``like``, channels-last if any of the given tensors is (the framework's rule)."""
-    last = any(x.stride(1) == 1 and x.shape[1] > 1 and not x.is_contiguous() for x in (like, *others))
+    last = any(x.stride(1) == 1 and x.stride(3) >= x.shape[1] and x.shape[1:].numel() > 1 for x in (like, *others))
     layout = torch.channels_last if last else torch.contiguous_format
     return torch.empty(tuple(size), dtype=like.dtype, device=like.device, memory_format=layout)
 

@@ -1,0 +1,74 @@
+"""What runs in the process that interprets: Triton there was imported with TRITON_INTERPRET=1, here it may be compiling."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _kernels() -> Any:
+    from atrous_kernels.triton import conv2d, runtime
+
+    assert runtime.interpreting()
+    # Unwritten elements of torch.empty read as NaN.
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    return conv2d
+
+
+def op(name: str, *arguments: Any) -> Tensor:
+    """``conv2d``, ``conv2d_input`` or ``conv2d_weight``."""
+    return getattr(_kernels(), name)(*arguments)
+
+
+def launch_count(name: str, *arguments: Any) -> int:
+    """How many kernels the op launches."""
+    return len(getattr(_kernels(), f"plan_{name}")(*arguments)[1])
+
+
+def through_autograd(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, geometry: dict[str, Any]) -> list[Tensor]:
+    """The public function and its gradients with ``backend="triton"``."""
+    import atrous_kernels as ak
+
+    _kernels()
+    leaves = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    y = ak.conv2d(*leaves, **geometry, backend="triton")
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+
+def far_apart(folder: str, near: Tensor, dim: int, stride: int) -> Tensor:
+    """``near`` copied into a sparse file, with ``stride`` elements between neighbours along ``dim``."""
+    strides = [0, 0, 0, 0]
+    step = 1
+    for axis in (1, 3, 2, 0):
+        strides[axis] = stride if axis == dim else step
+        step *= 1 if axis == dim else near.shape[axis]
+    elements = 1 + sum((size - 1) * step for size, step in zip(near.shape, strides, strict=True))
+    path = Path(folder) / f"{os.urandom(8).hex()}.bin"
+    with path.open("wb") as file:
+        file.truncate(elements * near.element_size())
+    far = torch.from_file(str(path), shared=True, size=elements, dtype=near.dtype).as_strided(near.shape, strides)
+    path.unlink()  # the mapping keeps it
+    return far.copy_(near)
+
+
+def far_source(folder: str, dim: int, stride: int, name: str, near: Tensor, position: int, *arguments: Any) -> Tensor:
+    """The op on a tensor, its argument number ``position``, that spans more than 2**31 elements along ``dim``."""
+    far = far_apart(folder, near, dim, stride)
+    return op(name, *arguments[:position], far, *arguments[position:])
+
+
+def far_target(folder: str, dim: int, stride: int, like: Tensor, name: str, *arguments: Any) -> Tensor:
+    """The op written into a tensor that spans more than 2**31 elements along ``dim``."""
+    kernels = _kernels()
+    far = far_apart(folder, torch.full_like(like, torch.nan), dim, stride)
+    allocate = kernels.new_tensor
+    kernels.new_tensor = lambda *_: far
+    try:
+        return op(name, *arguments).clone()
+    finally:
+        kernels.new_tensor = allocate
