@@ -11,8 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import atrous_kernels
 from segmodels.config import ConfigError
 from segmodels.data import DataError
@@ -68,13 +66,7 @@ def evaluate(checkpoint: str, overrides: list[str], output: str | None = None) -
     path = Path(output) if output else Path(checkpoint).with_name(f"evaluate_{split}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     total = min(len(dataset), config.eval.limit or len(dataset))
-    wanted = set(np.linspace(0, total - 1, config.eval.sheet).round().astype(int).tolist())
-    rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     began = time.monotonic()
-
-    def keep(index: int, image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> None:
-        if index in wanted:
-            rows.append((image, truth, prediction))
 
     reporter = Reporter("evaluate", total, seconds=config.run.print_seconds)
 
@@ -83,10 +75,15 @@ def evaluate(checkpoint: str, overrides: list[str], output: str | None = None) -
         return True
 
     with reporter, atrous_kernels.backend(config.run.backend):
-        matrix = evaluate_dataset(
-            build_predictor(config, model, device), dataset, limit=config.eval.limit, progress=progress, keep=keep
+        found = evaluate_dataset(
+            build_predictor(config, model, device),
+            dataset,
+            limit=config.eval.limit,
+            samples=config.eval.sheet,
+            progress=progress,
         )
-    assert matrix is not None  # progress never asks to stop
+    assert found is not None  # progress never asks to stop
+    matrix = found.matrix
     seconds = time.monotonic() - began
     for key in ("work_dir", "resume", "overwrite"):
         raw["run"].pop(key)
@@ -106,9 +103,9 @@ def evaluate(checkpoint: str, overrides: list[str], output: str | None = None) -
     console.print(matrix.table(dataset.classes, f"{config.model.name}, {config.data.name} {split}, {total} images"))
     write_json(path, result)
     say(f"wrote {path}")
-    if rows:
+    if found.samples:
         picture = path.with_suffix(".png")
-        write_png(picture, sheet(rows, dataset.classes, dataset.colors))
+        write_png(picture, sheet(found.samples, dataset.classes, dataset.colors))
         say(f"wrote {picture}")
     return result
 

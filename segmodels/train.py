@@ -42,13 +42,16 @@ def main(arguments: list[str] | None = None) -> int:
     # Not part of what was computed, and true only of this call: kept out of checkpoints and reports.
     for key in ("work_dir", "resume", "overwrite"):
         raw["run"].pop(key)
+    _check_folder(work_dir, config)
     device = prepare_runtime(config)
     train_set = build_dataset(config, config.data.train_split)
     val_set = build_dataset(config, config.data.val_split)
     prepare_runtime(config)  # again: the weights must not depend on whether a data set draws numbers
     model = build_model(config, train_set.num_classes)
-    _prepare_folder(work_dir, config)
     trainer = Trainer(config, raw, work_dir, model, train_set, val_set, device)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    if config.run.overwrite and not config.run.resume:
+        _remove_outputs(work_dir)
     say(f"{config.model.name} on {train_set!r}, validation on {val_set!r}")
     last = work_dir / "last.pt"
     if config.run.resume and last.is_file():
@@ -64,19 +67,20 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _prepare_folder(work_dir: Path, config: Config) -> None:
+def _check_folder(work_dir: Path, config: Config) -> None:
     if work_dir.exists() and not work_dir.is_dir():
         raise ConfigError(f"run.work_dir={str(work_dir)!r} is a file: expected a folder")
-    if work_dir.is_dir() and any(work_dir.iterdir()) and not config.run.resume:
-        if not config.run.overwrite:
-            raise ConfigError(
-                f"run.work_dir={str(work_dir)!r} is not empty: expected an empty or new folder, --resume to continue what "
-                "is in it, or run.overwrite=true to replace it"
-            )
-        for name in _OURS:
-            (work_dir / name).unlink(missing_ok=True)
-        shutil.rmtree(work_dir / "tensorboard", ignore_errors=True)
-    work_dir.mkdir(parents=True, exist_ok=True)
+    if work_dir.is_dir() and any(work_dir.iterdir()) and not (config.run.resume or config.run.overwrite):
+        raise ConfigError(
+            f"run.work_dir={str(work_dir)!r} is not empty: expected an empty or new folder, --resume to continue what is in "
+            "it, or run.overwrite=true to replace it"
+        )
+
+
+def _remove_outputs(work_dir: Path) -> None:
+    for name in _OURS:
+        (work_dir / name).unlink(missing_ok=True)
+    shutil.rmtree(work_dir / "tensorboard", ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def build_parser(command: str, description: str) -> argparse.ArgumentParser:
         epilog=f"recipes:\n{known}\n\nsettings, given as section.key=value:\n\n{describe()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--seed", type=int, metavar="N", help="run.seed")
     parser.add_argument("--amp", action="store_true", help="train.amp=bf16")
     parser.add_argument("--device", metavar="D", help="run.device: cpu, cuda, cuda:1")
@@ -69,6 +71,8 @@ def run_command(command: Callable[[list[str] | None], int], arguments: list[str]
     try:
         return command(arguments)
     except _EXPECTED as error:
+        if "--debug" in (sys.argv if arguments is None else arguments):
+            raise
         complain(f"error: {error}")
         return 1
     except KeyboardInterrupt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -107,33 +108,42 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@dataclass
+class Evaluation:
+    """The counts over a split, and a few (image, truth, prediction) spread evenly over it for a picture."""
+
+    matrix: ConfusionMatrix
+    samples: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
 def evaluate_dataset(
     predictor: Predictor,
     dataset: SegmentationDataset,
     *,
     limit: int | None = None,
+    samples: int = 0,
     progress: Callable[[int, int], bool] | None = None,
-    keep: Callable[[int, np.ndarray, np.ndarray, np.ndarray], None] | None = None,
-) -> ConfusionMatrix | None:
+) -> Evaluation | None:
     """One confusion matrix over a split, image by image at full size, so that memory does not grow with the split.
 
     Args:
         predictor, dataset: what is evaluated on what.
         limit: stop after this many images.
+        samples: how many images to keep.
         progress: called with (done, total) after each image; returning False abandons the evaluation.
-        keep: called with (index, image, truth, prediction) for each image, for pictures.
 
     Returns:
-        The matrix, or None where ``progress`` asked to stop.
+        The counts, or None where ``progress`` asked to stop.
     """
-    matrix = ConfusionMatrix(dataset.num_classes)
     total = len(dataset) if limit is None else min(limit, len(dataset))
+    kept = set(np.linspace(0, total - 1, samples).round().astype(int).tolist())
+    result = Evaluation(ConfusionMatrix(dataset.num_classes), [])
     for index in range(total):
         image, label = dataset[index]
         prediction = predictor(image)
-        matrix.update(torch.from_numpy(prediction), torch.from_numpy(label))
-        if keep is not None:
-            keep(index, image, label, prediction)
+        result.matrix.update(torch.from_numpy(prediction), torch.from_numpy(label))
+        if index in kept:
+            result.samples.append((image, label, prediction))
         if progress is not None and not progress(index + 1, total):
             return None
-    return matrix
+    return result

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import OmegaConf
 from torch import nn
@@ -99,6 +99,7 @@ class Trainer:
         self.best: dict[str, Any] | None = None
         self.scores: dict[str, Any] | None = None
         self.commits: list[dict[str, Any]] = []
+        self._recent: deque[float] = deque(maxlen=20)  # seconds of the last steps, for the speed that is shown
         self._saved: tuple[int, int] | None = None  # (iteration, validated) of the newest last.pt
         self._last_time = time.monotonic()
         self._writer: Any = None
@@ -186,6 +187,7 @@ class Trainer:
             self.ema.load_state_dict(state["ema"])
         set_rng_state(state["rng"])
         self.iteration, self.validated = state["iteration"], state["validated"]
+        self._saved = (self.iteration, self.validated)
         self.curve, self.window = state["curve"], state["window"]
         self.best, self.scores, self.commits = state["best"], state["scores"], state["commits"]
         self.seconds, self.train_seconds = state["seconds"], state["train_seconds"]
@@ -203,24 +205,33 @@ class Trainer:
             logits = self.model.logits(images)
         loss = self.loss(logits, labels)
         value = float(loss.detach())
-        if not math.isfinite(value):
-            keys = sampler.order(epoch)[position : position + len(images)]
-            names = ", ".join(self.train_set.name(int(key)) for key in keys)
-            raise TrainingError(
-                f"iteration {self.iteration}: the loss is {value} on the images {names}; expected a finite value. The last "
-                "checkpoint is from before; a smaller train.lr, train.warmup_iterations or train.clip_norm may help"
-            )
+        names = [self.train_set.name(int(key)) for key in sampler.order(epoch)[position : position + len(images)]]
+        self._must_be_finite("loss", value, names)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        self._must_be_finite("norm of the gradient", float(norm), names)
         if self.config.train.clip_norm:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_norm)
+            nn.utils.clip_grads_with_norm_(parameters, self.config.train.clip_norm, norm)
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.model)
         self.iteration += 1
         elapsed = time.monotonic() - began
         self.train_seconds += elapsed
-        self._log(value, self.config.train.lr * factor, len(images) / elapsed, reporter)
+        self._recent.append(elapsed)
+        speed = len(images) * len(self._recent) / sum(self._recent)
+        self._log(value, self.config.train.lr * factor, speed, reporter)
+
+    def _must_be_finite(self, what: str, value: float, names: list[str]) -> None:
+        if math.isfinite(value):
+            return
+        saved = f"last.pt holds iteration {self._saved[0]}" if self._saved else "nothing was saved yet"
+        raise TrainingError(
+            f"iteration {self.iteration}: the {what} is {value} on the images {', '.join(names)}; expected a finite value. "
+            f"{saved}; a smaller train.lr, train.warmup_iterations or train.clip_norm may help"
+        )
 
     def _next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         try:
@@ -248,32 +259,25 @@ class Trainer:
     def _validate(self, stop: StopRequest) -> bool:
         """False where a signal came in between; the validation is then repeated by the resumed run."""
         model = self.ema.module if self.ema is not None else self.model
-        settings, total = self.config.eval, len(self.val_set)
-        wanted = set(np.linspace(0, min(total, settings.limit or total) - 1, settings.sheet).round().astype(int).tolist())
-        rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-
-        def keep(index: int, image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> None:
-            if index in wanted:
-                rows.append((image, truth, prediction))
-
+        settings = self.config.eval
         trained_stride = self.config.model.output_stride
         if settings.output_stride is not None:
             model.set_output_stride(settings.output_stride)  # type: ignore[operator]
         try:
-            matrix = evaluate_dataset(
+            found = evaluate_dataset(
                 build_predictor(self.config, model, self.device),
                 self.val_set,
                 limit=settings.limit,
+                samples=settings.sheet,
                 progress=lambda done, total: stop.signum is None,
-                keep=keep,
             )
         finally:
             if settings.output_stride is not None:
                 model.set_output_stride(trained_stride)  # type: ignore[operator]
-        if matrix is None:
+        if found is None:
             return False
         self.validated = self.iteration
-        self.scores = matrix.to_dict(self.val_set.classes)
+        self.scores = found.matrix.to_dict(self.val_set.classes)
         point = {key: self.scores[key] for key in ("miou", "pixel_accuracy", "mean_accuracy", "fwiou")}
         self.curve["validation"].append({"iteration": self.iteration, **point})
         self._scalars({f"val/{key}": value for key, value in point.items() if value is not None})
@@ -284,8 +288,8 @@ class Trainer:
                 self.work_dir / "best.pt", {**self._identity(), "model": model.state_dict(), "scores": self.scores}
             )
         self.save()
-        if rows:
-            write_png(self.work_dir / "samples.png", sheet(rows, self.val_set.classes, self.val_set.colors))
+        if found.samples:
+            write_png(self.work_dir / "samples.png", sheet(found.samples, self.val_set.classes, self.val_set.colors))
         self.write_metrics()
         shown = "undefined" if miou is None else f"{miou:.4f}"
         best = f" (best {self.best['miou']:.4f} at {self.best['iteration']})" if self.best else ""

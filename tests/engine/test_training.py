@@ -113,7 +113,7 @@ def test_a_signal_during_validation_leaves_it_to_the_resumed_run(camvid, tmp_pat
 
 def test_sigterm_in_a_process_of_its_own(camvid, tmp_path) -> None:
     work_dir = tmp_path / "run"
-    command = [sys.executable, "-m", "segmodels.train", *arguments(camvid, work_dir, "train.iterations=60")]
+    command = [sys.executable, "-m", "segmodels.train", *arguments(camvid, work_dir, "train.iterations=30")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     options: dict[str, Any] = {"cwd": ROOT, "env": environment, "text": True}
     with subprocess.Popen([*command, "run.print_seconds=0.001"], stdout=subprocess.PIPE, **options) as process:
@@ -125,11 +125,11 @@ def test_sigterm_in_a_process_of_its_own(camvid, tmp_path) -> None:
     assert seen
     assert "--resume continues" in output
     stopped_at = load_checkpoint(work_dir / "last.pt")["iteration"]
-    assert 0 < stopped_at < 60
+    assert 0 < stopped_at < 30
     again = subprocess.run([*command, "--resume"], capture_output=True, timeout=120, **options)
     assert again.returncode == 0, again.stderr
-    assert f"at iteration {stopped_at} of 60" in again.stdout
-    assert load_checkpoint(work_dir / "last.pt")["iteration"] == 60
+    assert f"at iteration {stopped_at} of 30" in again.stdout
+    assert load_checkpoint(work_dir / "last.pt")["iteration"] == 30
 
 
 def test_what_a_run_leaves(trained, camvid) -> None:
@@ -215,7 +215,9 @@ def test_work_dir_is_not_overwritten_by_accident(trained, camvid, tmp_path) -> N
 
 def test_a_loss_that_is_not_finite_stops_with_iteration_and_images(camvid, tmp_path) -> None:
     settings = ("train.lr=1e30", "train.warmup_iterations=0", "run.checkpoint_every=1")
-    with pytest.raises(TrainingError, match=r"iteration [1-5]: the loss is (nan|inf) on the images train\d, train\d"):
+    with pytest.raises(
+        TrainingError, match=r"iteration [1-5]: the .* is (nan|inf) on the images train\d, train\d;.*last\.pt holds"
+    ):
         train.main(arguments(camvid, tmp_path / "run", *settings))
     assert load_checkpoint(tmp_path / "run" / "last.pt")["iteration"] >= 1
 
