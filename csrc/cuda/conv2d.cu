@@ -84,7 +84,8 @@ __global__ void __launch_bounds__(threads, min_blocks<T>)
 
     if (thread < rows) {
       const int64_t pixel = tile.first + thread;
-      const PixelOffsets offsets = pixel < tile.pixels ? pixel_offsets(plan, tile, pixel) : PixelOffsets{nothing, nothing};
+      const PixelOffsets offsets =
+          pixel < tile.pixels ? pixel_offsets(plan, tile, pixel) : PixelOffsets{nothing, nothing};
       tables.row_src[thread] = offsets.src;
       tables.row_dst[thread] = offsets.dst;
     }
@@ -234,7 +235,7 @@ __global__ void __launch_bounds__(threads, min_blocks<T>)
       for (int j = 0; j < TN; ++j) {
         const int64_t o = first_row + row + i, c = first_column + column + j;
         if (o >= plan.out_channels || c >= plan.in_channels) continue;
-        const int64_t filter = (split * all_taps + tap) * plan.groups * plan.out_channels + group * plan.out_channels + o;
+        const int64_t filter = ((split * all_taps + tap) * plan.groups + group) * plan.out_channels + o;
         partials[filter * plan.in_channels + c] = sum[i][j];
       }
   }
@@ -251,7 +252,8 @@ void launch_correlate(const CorrelatePlan& plan, const T* src, const T* weight, 
   const CorrelateOrder order{plan.src_c <= plan.w.src_stride, plan.weight_src <= plan.weight_dst,
                              plan.dst_c <= plan.w.dst_stride};
   const auto kernel = correlate<T, TN>;
-  ATROUS_LAUNCH(kernel, dim3(grid_blocks(blocks)), dim3(threads), 0, stream, plan, order, tiles, src, weight, bias, dst);
+  ATROUS_LAUNCH(kernel, dim3(grid_blocks(blocks)), dim3(threads), 0, stream, plan, order, tiles, src, weight, bias,
+                dst);
 }
 
 template <typename T>
@@ -313,7 +315,8 @@ void conv2d_weight(const Conv2dShape& shape, DType dtype, ConstTensor input, Con
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     for_each_weight_plan(shape, input.strides, grad_output.strides, splits, [&](const WeightPlan& plan) {
-      const auto launch = wants_narrow(plan.in_channels) ? launch_correlate_weight<T, 1> : launch_correlate_weight<T, 4>;
+      const bool narrow = wants_narrow(plan.in_channels);
+      const auto launch = narrow ? launch_correlate_weight<T, 1> : launch_correlate_weight<T, 4>;
       launch(plan, static_cast<const T*>(input.data), static_cast<const T*>(grad_output.data),
              static_cast<accumulator_t<T>*>(workspace), stream);
     });

@@ -1,8 +1,8 @@
 // The CUDA convolutions as functions of plain numbers and pointers: no framework types, no CUDA headers.
 //
 // All tensors are described by element strides, so any layout works. Every function writes every element of its result
-// exactly once (also where no tap is valid), uses no atomics and gives the same bits for the same arguments on every GPU:
-// launch shapes depend on the problem only. A failed launch throws std::runtime_error.
+// exactly once (also where no tap is valid), uses no atomics and gives the same bits for the same arguments on every
+// GPU: launch shapes depend on the problem only. A failed launch throws std::runtime_error.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
 // Depthwise conv2d and its gradients. Memory-bound: every thread keeps V neighbouring channels of several pixels in
-// registers, so that with channels innermost all its accesses are 16 bytes wide. V = 1 takes any layout and any number of
-// output channels per group.
+// registers, so that with channels innermost all its accesses are 16 bytes wide. V = 1 takes any layout and any number
+// of output channels per group.
 #include "plan.h"
 
 namespace atrous::cuda {
@@ -198,7 +198,8 @@ void launch_correlate(const CorrelatePlan& plan, const T* src, const T* weight, 
   const int64_t blocks = tiles * ceil_divide(vectors, lanes.channels);
   if (blocks == 0) return;
   const auto kernel = depthwise_correlate<T, V>;
-  ATROUS_LAUNCH(kernel, dim3(grid_blocks(blocks)), dim3(threads), 0, stream, plan, lanes, tiles, src, weight, bias, dst);
+  ATROUS_LAUNCH(kernel, dim3(grid_blocks(blocks)), dim3(threads), 0, stream, plan, lanes, tiles, src, weight, bias,
+                dst);
 }
 
 template <typename T, int V>

@@ -1,9 +1,9 @@
 // From a convolution to kernel launches. Kernels see linear maps only: which element of the source and of the weight a
 // written element meets under a tap is base + sum of index * stride, for the forward pass and for both gradients.
 //
-// The written tensor is cut into the rectangles of problem.h, in each of which the set of valid taps is constant; a tile
-// of work is a run of pixels of one rectangle, flattened across the batch. So no kernel checks spatial bounds and no
-// padding zero is ever multiplied.
+// The written tensor is cut into the rectangles of problem.h, in each of which the set of valid taps is constant; a
+// tile of work is a run of pixels of one rectangle, flattened across the batch. So no kernel checks spatial bounds and
+// no padding zero is ever multiplied.
 #pragma once
 
 #include "conv2d.h"
@@ -90,8 +90,8 @@ __device__ inline PixelOffsets pixel_offsets(const CorrelatePlan& plan, const Ti
           n * plan.src_n + y * plan.h.src_stride + x * plan.w.src_stride + plan.src_offset};
 }
 
-// Blocks of one launch. Kernels step through their work by gridDim.x, so any amount of work is possible; the limit is the
-// hardware's, and tests lower it so that blocks take several pieces of work.
+// Blocks of one launch. Kernels step through their work by gridDim.x, so any amount of work is possible; the limit is
+// the hardware's, and tests lower it so that blocks take several pieces of work.
 #ifndef ATROUS_MAX_BLOCKS
 #define ATROUS_MAX_BLOCKS 0x7fffffff
 #endif

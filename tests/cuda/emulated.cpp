@@ -42,7 +42,8 @@ const char* emulated_conv2d(const Conv2dShape* shape, int64_t dtype, int depthwi
 const char* emulated_conv2d_input(const Conv2dShape* shape, int64_t dtype, int depthwise, const ConstTensor* weight,
                                   const ConstTensor* grad_output, const MutableTensor* grad_input) {
   return guarded([&] {
-    (depthwise ? depthwise_conv2d_input : conv2d_input)(*shape, DType(dtype), *weight, *grad_output, *grad_input, nullptr);
+    (depthwise ? depthwise_conv2d_input : conv2d_input)(*shape, DType(dtype), *weight, *grad_output, *grad_input,
+                                                        nullptr);
   });
 }
 

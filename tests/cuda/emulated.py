@@ -21,7 +21,15 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 # Few blocks per launch: each then takes several pieces of work, as on a GPU only beyond 2^31 pieces.
-FLAGS = ["-std=c++17", "-O2", "-fPIC", *WARNINGS, "-DATROUS_MAX_BLOCKS=5", f"-I{ROOT / 'csrc/include'}"]
+FLAGS = [
+    "-std=c++17",
+    "-O2",
+    "-fPIC",
+    *WARNINGS,
+    "-DATROUS_MAX_BLOCKS=5",
+    f"-I{ROOT / 'csrc'}",
+    f"-I{ROOT / 'csrc/include'}",
+]
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 SCHEDULES = {"ascending": 0, "descending": 1, "shuffled": 2}
 
@@ -30,13 +38,12 @@ def compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
 
-@cache
-def build(name: str, sources: tuple[Path, ...]) -> ctypes.CDLL:
-    """Compiles ``sources`` into a shared library, once per content, and loads it."""
+def compile_library(name: str, sources: Sequence[Path], flags: Sequence[str] = (), link: Sequence[str] = ()) -> Path:
+    """Compiles ``sources`` into a shared library, once per content, and returns its path."""
     cxx = compiler()
     assert cxx is not None
-    headers = [path for folder in ("csrc/cuda", "csrc/include") for path in (ROOT / folder).rglob("*.h")]
-    digest = hashlib.sha256(" ".join([cxx, *FLAGS]).encode())
+    headers = [path for folder in ("csrc/cuda", "csrc/include", "csrc/ops") for path in (ROOT / folder).rglob("*.h")]
+    digest = hashlib.sha256(" ".join([cxx, *FLAGS, *flags, *link]).encode())
     for path in sorted([*sources, *headers]):
         digest.update(path.name.encode() + path.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"atrous_emulation_{os.getuid()}"
@@ -47,21 +54,26 @@ def build(name: str, sources: tuple[Path, ...]) -> ctypes.CDLL:
 
             def compile_one(source: Path) -> str:
                 target = f"{scratch}/{source.name}.o"
-                subprocess.run([cxx, *FLAGS, "-x", "c++", "-c", str(source), "-o", target], check=True)
+                subprocess.run([cxx, *FLAGS, *flags, "-x", "c++", "-c", str(source), "-o", target], check=True)
                 return target
 
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 objects = list(pool.map(compile_one, sources))
             linked = f"{scratch}/linked.so"
-            subprocess.run([cxx, "-shared", *objects, "-o", linked], check=True)
+            subprocess.run([cxx, "-shared", *objects, *link, "-o", linked], check=True)
             os.replace(linked, library)  # complete or absent, also with several test processes
-    loaded = ctypes.CDLL(str(library))
-    return loaded
+    return library
+
+
+@cache
+def kernel_library() -> Path:
+    """The emulated kernels and their C entry points."""
+    return compile_library("conv2d", [*KERNELS, Path(__file__).with_name("emulated.cpp")])
 
 
 @cache
 def _library() -> ctypes.CDLL:
-    library = build("conv2d", (*KERNELS, Path(__file__).with_name("emulated.cpp")))
+    library = ctypes.CDLL(str(kernel_library()))
     for function in (library.emulated_conv2d, library.emulated_conv2d_input, library.emulated_conv2d_weight):
         function.restype = ctypes.c_char_p
     library.emulated_conv2d_weight_workspace.restype = ctypes.c_int64

@@ -15,9 +15,12 @@ import torch
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="no C++ compiler to build the emulated kernels with")
 
 
-@pytest.fixture
-def library() -> Iterator[ctypes.CDLL]:
-    loaded = emulated.build("selftest", (Path(__file__).with_name("emulator_selftest.cpp"),))
+@pytest.fixture(params=["assembly", "ucontext"])
+def library(request: pytest.FixtureRequest) -> Iterator[ctypes.CDLL]:
+    """The self-test kernels, with either way of switching between fibres (the same one where there is only one)."""
+    flags = ["-DATROUS_EMULATION_UCONTEXT"] if request.param == "ucontext" else []
+    source = Path(__file__).with_name("emulator_selftest.cpp")
+    loaded = ctypes.CDLL(str(emulated.compile_library(f"selftest_{request.param}", [source], flags)))
     for name in ("reverse", "unwritten", "wrong", "shared_misuse", "shuffles", "sum_half_warps", "indices"):
         getattr(loaded, f"selftest_{name}").restype = ctypes.c_char_p
     yield loaded

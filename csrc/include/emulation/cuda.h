@@ -1,21 +1,25 @@
 // Runs CUDA kernels on the host, from the same source that nvcc compiles, without a GPU.
 //
-// A translation unit that sees this header instead of the CUDA runtime can be compiled by any C++17 compiler. Each thread
-// of a block becomes a fibre (fibers.h) with its own stack. A fibre runs until it waits: at __syncthreads, at __syncwarp
-// or inside a warp-wide operation (shuffles; built on warp_collective, which is also what matrix fragments need). The
-// scheduler then runs the next one, and releases the waiting fibres when everybody has arrived. Blocks run one after the
-// other. The code between two barriers is real, sequential machine code, so kernels run at a usable speed.
+// A translation unit that sees this header instead of the CUDA runtime can be compiled by any C++17 compiler. Each
+// thread of a block becomes a fibre (fibers.h) with its own stack. A fibre runs until it waits: at __syncthreads, at
+// __syncwarp or inside a warp-wide operation (shuffles; built on warp_collective, which is also what matrix fragments
+// need). The scheduler then runs the next one, and releases the waiting fibres when everybody has arrived. Blocks run
+// one after the other. The code between two barriers is real, sequential machine code, so kernels run at a usable
+// speed.
 //
 // What it is strict about, because a GPU would hang, race or return garbage there:
 //  - A barrier that not every thread of the block (or lane of the mask) reaches, or reaches at different source lines,
 //    ends the launch with an error that names threads and lines. Nothing ever hangs.
-//  - Shared memory holds 0xFF in every byte (NaN in every floating-point type, -1 in every integer) when a block starts.
+//  - Shared memory holds 0xFF in every byte (NaN in any floating-point type, -1 in any integer) when a block starts.
 //    Guard bytes around each array are checked when the block ends. The sizes a GPU allows are enforced.
-//  - The order in which threads run between barriers is arbitrary: set_schedule reverses or shuffles it. A kernel with a
-//    missing barrier gives different results, or NaN, under different schedules; a right one gives the same bits.
+//  - The order in which threads run between barriers is arbitrary: set_schedule reverses or shuffles it. A kernel with
+//    a missing barrier gives different results, or NaN, under different schedules; a right one gives the same bits.
 //  - A shuffle that reads a lane outside its mask is an error.
 //
 // Atomics are missing on purpose: no kernel of this library may use them.
+//
+// The namespace is hidden: every shared library built with this header has a machine of its own, also within one
+// process.
 #pragma once
 
 #include <algorithm>
@@ -51,7 +55,8 @@ struct dim3 {
   constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
-namespace atrous::emulation {
+namespace atrous {
+namespace emulation __attribute__((visibility("hidden"))) {
 
 constexpr int warp_size = 32;
 constexpr size_t max_threads = 1024;
@@ -334,7 +339,8 @@ Value shuffle(uint32_t mask, const Value& mine, int source, Site site) {
       site);
 }
 
-}  // namespace atrous::emulation
+}  // namespace emulation
+}  // namespace atrous
 
 #define threadIdx (::atrous::emulation::Machine::get().current->index)
 #define blockIdx (::atrous::emulation::Machine::get().block_index)

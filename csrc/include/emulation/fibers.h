@@ -1,7 +1,8 @@
 // Fibres: many stacks, one operating-system thread, switched by hand. Each emulated GPU thread runs on one of them.
 //
 // On x86-64 a switch saves the six registers that a called function must preserve and swaps the stack pointer (a few
-// nanoseconds). Elsewhere <ucontext.h> does the same with a system call per switch.
+// nanoseconds). Elsewhere, or with ATROUS_EMULATION_UCONTEXT defined, <ucontext.h> does the same with a system call per
+// switch.
 #pragma once
 
 #include <sys/mman.h>
@@ -10,15 +11,21 @@
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
-#if !defined(__x86_64__)
+#if !defined(__x86_64__) && !defined(ATROUS_EMULATION_UCONTEXT)
+#define ATROUS_EMULATION_UCONTEXT
+#endif
+
+#ifdef ATROUS_EMULATION_UCONTEXT
 #include <ucontext.h>
 #endif
 
-namespace atrous::emulation {
+namespace atrous {
+namespace emulation __attribute__((visibility("hidden"))) {
 
-#if defined(__x86_64__)
+#ifndef ATROUS_EMULATION_UCONTEXT
 
 #if defined(__GNUC__) && !defined(__clang__)
 #define ATROUS_EMULATION_OPAQUE naked, noinline, noipa
@@ -82,8 +89,8 @@ class Context {
 
 #endif
 
-// One stack per emulated thread, kept between launches. The lowest page of each is unreadable, so that an overflow stops
-// the program at the fault instead of overwriting a neighbour.
+// One stack per emulated thread, kept between launches. The lowest page of each is unreadable, so that an overflow
+// stops the program at the fault instead of overwriting a neighbour.
 class Stacks {
  public:
   static constexpr size_t bytes = 64 * 1024;
@@ -102,4 +109,5 @@ class Stacks {
   std::vector<unsigned char*> stacks_;
 };
 
-}  // namespace atrous::emulation
+}  // namespace emulation
+}  // namespace atrous

@@ -1,5 +1,5 @@
-// The 16-bit floating-point types of the CUDA headers, for the host: storage plus correctly rounded conversions, which is
-// all that kernels with float accumulation use. Names and semantics are those of cuda_fp16.h and cuda_bf16.h.
+// The 16-bit floating-point types of the CUDA headers, for the host: storage plus correctly rounded conversions, which
+// is all that kernels with float accumulation use. Names and semantics are those of cuda_fp16.h and cuda_bf16.h.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,8 @@ struct __nv_bfloat16 {
   uint16_t bits;
 };
 
-namespace atrous::emulation {
+namespace atrous {
+namespace emulation __attribute__((visibility("hidden"))) {
 
 inline uint32_t float_bits(float value) {
   uint32_t bits;
@@ -35,7 +36,8 @@ inline uint32_t shift_right_rounded(uint32_t value, int count) {
   return kept + (rest > half || (rest == half && (kept & 1u)));
 }
 
-}  // namespace atrous::emulation
+}  // namespace emulation
+}  // namespace atrous
 
 inline float __bfloat162float(__nv_bfloat16 value) {
   return atrous::emulation::float_from_bits(static_cast<uint32_t>(value.bits) << 16);

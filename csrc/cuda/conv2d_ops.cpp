@@ -1,0 +1,112 @@
+// torch.ops.atrous_native.conv2d, conv2d_input and conv2d_weight on CUDA tensors, through LibTorch's stable ABI.
+//
+// This file meets the framework, the .cu files do not. Results and workspace come from the framework's allocator,
+// kernels run on the current stream of the tensors' device. Compile with USE_CUDA: it uncovers the stream function.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "conv2d.h"
+#include "ops/conv2d_check.h"
+
+// Tests run this file and the emulated kernels on CPU tensors, under another name.
+#ifndef ATROUS_NAMESPACE
+#define ATROUS_NAMESPACE atrous_native
+#define ATROUS_DISPATCH_KEY CUDA
+#endif
+
+namespace atrous::cuda {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::accelerator::DeviceGuard;
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::float32;
+    case ScalarType::Double: return DType::float64;
+    case ScalarType::Half: return DType::float16;
+    case ScalarType::BFloat16: return DType::bfloat16;
+    default:
+      fail("dtype", "expected float32, float64, float16 or bfloat16, but got scalar type ",
+           static_cast<int>(tensor.scalar_type()));
+  }
+}
+
+Conv2dShape shape_of(const Conv2dArguments& a) {
+  Conv2dShape s{};
+  s.batch = a.input[0], s.in_channels = a.input[1], s.in_h = a.input[2], s.in_w = a.input[3];
+  s.out_channels = a.output[1], s.out_h = a.output[2], s.out_w = a.output[3];
+  s.kernel_h = a.weight[2], s.kernel_w = a.weight[3];
+  s.stride_h = a.stride[0], s.stride_w = a.stride[1];
+  s.padding_h = a.padding[0], s.padding_w = a.padding[1];
+  s.dilation_h = a.dilation[0], s.dilation_w = a.dilation[1];
+  s.groups = a.groups;
+  return s;
+}
+
+Strides strides(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
+ConstTensor read(const Tensor& t) { return {t.const_data_ptr(), strides(t)}; }
+MutableTensor write(const Tensor& t) { return {t.mutable_data_ptr(), strides(t)}; }
+
+void* current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return stream;
+}
+
+Tensor conv2d_op(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Sizes& stride,
+                 const Sizes& padding, const Sizes& dilation, int64_t groups) {
+  const Conv2dArguments arguments = check_forward(input, weight, bias, stride, padding, dilation, groups);
+  const Conv2dShape shape = shape_of(arguments);
+  const DType dtype = dtype_of(input);
+  const DeviceGuard guard(input.get_device_index());
+  const Tensor dense_bias = bias ? torch::stable::contiguous(*bias) : Tensor();
+  const Tensor output = empty(arguments.output, input, either_channels_last(input, weight));
+  const auto run = is_depthwise(shape) ? depthwise_conv2d : conv2d;
+  run(shape, dtype, read(input), read(weight), bias ? dense_bias.const_data_ptr() : nullptr, write(output),
+      current_stream(input));
+  return output;
+}
+
+Tensor conv2d_input_op(const Sizes& input_size, const Tensor& weight, const Tensor& grad_output, const Sizes& stride,
+                       const Sizes& padding, const Sizes& dilation, int64_t groups) {
+  const Conv2dShape shape =
+      shape_of(check_input_gradient(input_size, weight, grad_output, stride, padding, dilation, groups));
+  const DType dtype = dtype_of(weight);
+  const DeviceGuard guard(weight.get_device_index());
+  const Tensor grad_input = empty(input_size, weight, either_channels_last(weight, grad_output));
+  const auto run = is_depthwise(shape) ? depthwise_conv2d_input : conv2d_input;
+  run(shape, dtype, read(weight), read(grad_output), write(grad_input), current_stream(weight));
+  return grad_input;
+}
+
+Tensor conv2d_weight_op(const Tensor& input, const Sizes& weight_size, const Tensor& grad_output, const Sizes& stride,
+                        const Sizes& padding, const Sizes& dilation, int64_t groups) {
+  const Conv2dShape shape =
+      shape_of(check_weight_gradient(input, weight_size, grad_output, stride, padding, dilation, groups));
+  const DType dtype = dtype_of(input);
+  const DeviceGuard guard(input.get_device_index());
+  const Tensor grad_weight = empty(weight_size, input, either_channels_last(input, grad_output));
+  const bool depthwise = is_depthwise(shape);
+  const auto workspace_bytes = depthwise ? depthwise_conv2d_weight_workspace : conv2d_weight_workspace;
+  const auto run = depthwise ? depthwise_conv2d_weight : conv2d_weight;
+  const Tensor workspace =
+      torch::stable::empty(Sizes{workspace_bytes(shape, dtype)}, ScalarType::Byte, std::nullopt, input.device());
+  run(shape, dtype, read(input), read(grad_output), write(grad_weight), workspace.mutable_data_ptr(),
+      current_stream(input));
+  return grad_weight;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ATROUS_NAMESPACE, ATROUS_DISPATCH_KEY, m) {
+  m.impl("conv2d", TORCH_BOX(&conv2d_op));
+  m.impl("conv2d_input", TORCH_BOX(&conv2d_input_op));
+  m.impl("conv2d_weight", TORCH_BOX(&conv2d_weight_op));
+}
+
+}  // namespace atrous::cuda

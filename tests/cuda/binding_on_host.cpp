@@ -1,0 +1,36 @@
+// What csrc/cuda/conv2d_ops.cpp needs to run with the emulated kernels on CPU tensors: schemas under a name of its own,
+// and the two things that only a CUDA build of the framework can do. The library is linked with -Bsymbolic, so that
+// these definitions are used by this library alone.
+#include <torch/csrc/stable/library.h>
+
+#include <cstdint>
+
+extern "C" {
+
+// How many device guards were opened and closed: the test looks at both.
+int64_t binding_guards_opened = 0, binding_guards_closed = 0;
+
+AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
+  ++binding_guards_opened;
+  *guard = reinterpret_cast<DeviceGuardHandle>(&binding_guards_opened);
+  return 0;
+}
+
+AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) {
+  ++binding_guards_closed;
+  return 0;
+}
+
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return 0;
+}
+
+}  // extern "C"
+
+STABLE_TORCH_LIBRARY(atrous_emulated, m) {
+  const char* const geometry = "int[] stride, int[] padding, int[] dilation, int groups) -> Tensor";
+  m.def((std::string("conv2d(Tensor input, Tensor weight, Tensor? bias, ") + geometry).c_str());
+  m.def((std::string("conv2d_input(int[] input_size, Tensor weight, Tensor grad_output, ") + geometry).c_str());
+  m.def((std::string("conv2d_weight(Tensor input, int[] weight_size, Tensor grad_output, ") + geometry).c_str());
+}
