@@ -308,7 +308,9 @@ def _framework_backward_can_run(problem: ConvProblem) -> str | None:
 
 
 def _cpu_loses(problem: ConvProblem) -> str | None:
-    return "not timed yet"
+    if problem.dtype not in (torch.float32, torch.bfloat16):
+        return f"timed in float32 and bfloat16 only, not in {problem.dtype}"
+    return None
 
 
 def _gpu_unmeasured(problem: ConvProblem) -> str | None:
