@@ -12,6 +12,7 @@ labels and images are the same in every process.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -103,7 +104,8 @@ class Synthetic(SegmentationDataset):
 
     Args:
         split: "train", "val" or "test"; different scenes at the same seed.
-        size: ``(height, width)`` or one number, 64 or more.
+        size: ``(height, width)`` or one number, 64 or more. Decks, the largest sprites and posts grow with it; the smallest
+            sprites, the widths of posts and the textures do not. At 128 a ResNet-18 sees the whole scene without ASPP.
         length: number of scenes; 4000 for "train" and 200 for the others unless given.
         seed: of the scenes.
 
@@ -111,7 +113,7 @@ class Synthetic(SegmentationDataset):
         ValueError: an option is out of range.
     """
 
-    def __init__(self, split: str = "train", size: int | Sequence[int] = 128, length: int | None = None, seed: int = 0):
+    def __init__(self, split: str = "train", size: int | Sequence[int] = 256, length: int | None = None, seed: int = 0):
         height, width = (size, size) if isinstance(size, int) else size
         if min(height, width) < MINIMUM_SIZE:
             raise ValueError(f"synthetic size is {size}; expected (height, width) of {MINIMUM_SIZE} or more")
@@ -159,23 +161,24 @@ def _quay(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray
     angle = rng.uniform(0, 2 * math.pi)
     cos, sin = math.cos(angle), math.sin(angle)
     extent = 0.5 * (abs(cos) * width + abs(sin) * height)
-    edge = extent - rng.uniform(0.22, 0.36) * min(height, width)
+    # Seen cornerwise, a strip of equal depth would show much less ground.
+    depth = rng.uniform(0.2, 0.32) + 0.12 * abs(math.sin(2 * angle))
+    edge = extent - depth * min(height, width)
     jag = rng.uniform(0, 0.1) * min(height, width)
     wide = float(height + width)
     steps = np.linspace(-0.5 * wide, 0.5 * wide, int(rng.integers(9, 15)))
     quay = [(-wide, -0.5 * wide)]
-    depth = 0.0
-    for start, stop in zip(steps[:-1], steps[1:], strict=True):
-        depth = jag * rng.random()
-        quay += [(edge + depth, float(start)), (edge + depth, float(stop))]
+    for start, stop in itertools.pairwise(steps.tolist()):
+        recess = jag * rng.random()
+        quay += [(edge + recess, start), (edge + recess, stop)]
     quay.append((-wide, 0.5 * wide))
     outline = _fixed([(0.5 * width + u * cos - v * sin, 0.5 * height + u * sin + v * cos) for u, v in quay])
     _lay(image, label, outline, deck, joint)
 
     sprites: list[_Sprite] = []
     if rng.random() < 0.3:  # one giant, wider than a small receptive field
-        length = rng.uniform(0.5, 0.85) * min(height, width)
-        u, v = -0.3 * extent * rng.random(), rng.uniform(-0.2, 0.2) * min(height, width)
+        length = rng.uniform(0.45, 0.75) * min(height, width)
+        u, v = -extent * rng.uniform(0.1, 0.4), rng.uniform(-0.2, 0.2) * min(height, width)
         x, y = 0.5 * width + u * cos - v * sin, 0.5 * height + u * sin + v * cos
         sprites.append(_Sprite(_ON_GROUND[ground], x, y, rng.uniform(0, 2 * math.pi), length))
     _scatter(rng, sprites, label, ground, count=int(rng.integers(2, 6)), longest=0.42 * min(height, width))
@@ -286,7 +289,7 @@ class _Pole:
 
 
 def _place_poles(rng: np.random.Generator, height: int, width: int) -> list[_Pole]:
-    count = int(rng.integers(1, 4)) if rng.random() < 0.6 else 0
+    count = int(rng.integers(1, 4)) if rng.random() < 0.75 else 0
     size = min(height, width)
     lean = rng.uniform(-0.5, 0.5)  # all posts of a scene lean the same way, as from one camera
     poles = []
@@ -294,7 +297,7 @@ def _place_poles(rng: np.random.Generator, height: int, width: int) -> list[_Pol
         x, y = width * rng.uniform(0.08, 0.92), height * rng.uniform(0.4, 0.98)
         length = size * rng.uniform(0.25, 0.5)
         head = (x + length * math.sin(lean), y - length * math.cos(lean))
-        poles.append(_Pole((x, y), head, int(rng.integers(1, 3)), rng.uniform(3, 6.5)))
+        poles.append(_Pole((x, y), head, int(rng.integers(1, 3)), size * rng.uniform(0.025, 0.055)))
     return sorted(poles, key=lambda pole: pole.head[0])
 
 
@@ -302,7 +305,7 @@ def _draw_poles(rng: np.random.Generator, image: np.ndarray, label: np.ndarray, 
     steel = 36 + int(rng.integers(24))
     lines = [(_fixed([pole.foot, pole.head]), pole.width) for pole in poles]
     if rng.random() < 0.5:
-        for left, right in zip(poles[:-1], poles[1:], strict=True):
+        for left, right in itertools.pairwise(poles):
             sag = 0.12 * math.hypot(right.head[0] - left.head[0], right.head[1] - left.head[1])
             wire = [
                 (

@@ -48,12 +48,12 @@ def road(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     cos, sin = math.cos(angle), math.sin(angle)
     pitch, reach = rng.uniform(22, 32), height + width
     paint = (212, 208, 190) if rng.random() < 0.7 else (214, 178, 76)
-    for lane in np.arange(-reach, reach, pitch):
-        x, y = width / 2 - lane * sin, height / 2 + lane * cos
-        for start in np.arange(-reach, reach, 16.0):
-            ends = np.round([(x + t * cos, y + t * sin) for t in (start, start + 8)]).astype(np.int32)
-            if (ends > -20).all() and (ends < (width + 20, height + 20)).all():
-                cv2.line(image, ends[0].tolist(), ends[1].tolist(), paint, 2, cv2.LINE_AA)
+    lanes, starts = np.meshgrid(np.arange(-reach, reach, pitch), np.arange(-reach, reach, 16.0))
+    along = starts[..., None] + (0, 8)
+    x, y = width / 2 - lanes[..., None] * sin + along * cos, height / 2 + lanes[..., None] * cos + along * sin
+    dashes = np.round(np.stack((x, y), -1)).astype(np.int32).reshape(-1, 2, 2)
+    near = ((dashes > -20) & (dashes < (width + 20, height + 20))).all((1, 2))
+    cv2.polylines(image, list(dashes[near]), False, paint, 2, cv2.LINE_AA)
     return image
 
 
@@ -93,7 +93,9 @@ def expose(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     slope_y, slope_x = (int(value) for value in rng.integers(-44, 45, 2))
     ramp = slope_y * (2 * np.arange(height)[:, None] - height) // height
     ramp = ramp + slope_x * (2 * np.arange(width)[None] - width) // width
-    gain = exposure + ramp + (noise(rng, height, width, 48, 48) >> 2)
-    lit = (image * (gain[..., None] + cast)) >> 8
-    lit += rng.integers(-7, 8, image.shape)
-    return np.clip(lit, 0, 255).astype(np.uint8)
+    gain = (exposure + ramp + (noise(rng, height, width, 48, 48) >> 2)).astype(np.int32)
+    lit = image.astype(np.int32)
+    lit *= gain[..., None] + cast.astype(np.int32)
+    lit >>= 8
+    lit += rng.integers(-7, 8, image.shape, dtype=np.int8)
+    return np.clip(lit, 0, 255, out=lit).astype(np.uint8)
