@@ -10,11 +10,8 @@ float64 result.
 
 from __future__ import annotations
 
-import gc
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import pytest
@@ -24,6 +21,7 @@ from torch import Tensor
 
 import atrous_kernels as ak
 from atrous_kernels.ops.conv2d import problem_of
+from benchmarks.measure import ceilings, interleave, percentiles
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -133,46 +131,11 @@ def _error(results: list[Tensor], truth: list[Tensor]) -> float:
     )
 
 
-def _seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-@cache
-def ceilings(dtype: torch.dtype) -> tuple[float, float]:
-    """This machine, now: FLOP/s of a large matrix product and bytes/s (read plus written) of a large copy, best of ten."""
-    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
-    source = torch.randn(2**25)
-    target = torch.empty_like(source)
-    product = min(_seconds(lambda: a @ b) for _ in range(10))
-    copy = min(_seconds(lambda: target.copy_(source)) for _ in range(10))
-    return 2 * 2048**3 / product, 2 * source.nbytes / copy
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_conv2d(benchmark: Any, case: Case) -> None:
     calls, truth, problem = candidates(case)
     errors = {name: _error(call(), truth) for name, call in calls.items()}  # also compiles
-    once = sum(_seconds(call) for call in calls.values())
-    rounds = min(max(int(6.0 / once), 7), 200)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    ours = "ours auto channels_last"
-    turn = 0
-
-    def others() -> None:
-        nonlocal turn
-        names = [name for name in calls if name != ours]
-        turn = (turn + 1) % len(names)
-        for name in names[turn:] + names[:turn]:
-            times[name].append(_seconds(calls[name]))
-
-    gc.disable()
-    try:
-        benchmark.pedantic(calls[ours], setup=others, rounds=rounds, warmup_rounds=1)
-    finally:
-        gc.enable()
-    times[ours] = list(benchmark.stats.stats.data) if benchmark.stats else [_seconds(calls[ours])]
+    times, rounds = interleave(benchmark, calls, "ours auto channels_last")
     passes = 3 if case.backward else 1
     flops, bandwidth = ceilings(case.dtype)
     floor = passes * problem.roofline_seconds(flops, bandwidth)
@@ -192,7 +155,7 @@ def test_conv2d(benchmark: Any, case: Case) -> None:
         copy_gbytes_per_second=bandwidth / 1e9,
         candidates={
             name: {
-                **{f"p{q}_ms": torch.tensor(t).quantile(q / 100).item() * 1e3 for q in (20, 50, 80)},
+                **percentiles(t),
                 "error": errors[name],
             }
             for name, t in times.items()

@@ -32,7 +32,7 @@ from segmodels.registry import create_model
 def prepare_runtime(config: Config) -> torch.device:
     """Threads, seeds, memory and device. Raises ValueError for a device that is not there."""
     if config.run.keep_memory:
-        _keep_freed_memory()
+        keep_freed_memory()
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
         cv2.setNumThreads(config.run.threads)
@@ -48,7 +48,7 @@ def prepare_runtime(config: Config) -> torch.device:
     return device
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """glibc gives blocks of 32 MB and more back to the system when they are freed. A training step frees and takes many of
     them, and the kernel clears every page again: a third of the processor time on CamVid crops at batch 8."""
     try:

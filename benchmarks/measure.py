@@ -1,0 +1,69 @@
+"""Timing that can be trusted: interleaved rounds in one process, medians and percentiles, no garbage collection inside."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+Call = Callable[[], Any]
+
+
+def seconds(call: Call) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def interleave(benchmark: Any, calls: dict[str, Call], ours: str, budget: float = 6.0) -> tuple[dict[str, list[float]], int]:
+    """Times every call once per round, in an order that rotates; ``ours`` is what the plugin times itself.
+
+    Args:
+        benchmark: the fixture of pytest-benchmark.
+        calls: per name a call, already warm.
+        ours: the key of ``calls`` that the plugin's own statistics describe.
+        budget: seconds to spend; 7 rounds at least, 200 at most.
+
+    Returns:
+        Per name the seconds of each round, and the number of rounds.
+    """
+    once = sum(seconds(call) for call in calls.values())
+    rounds = min(max(int(budget / once), 7), 200)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    others = [name for name in calls if name != ours]
+    turn = 0
+
+    def before_ours() -> None:
+        nonlocal turn
+        turn = (turn + 1) % len(others)
+        for name in others[turn:] + others[:turn]:
+            times[name].append(seconds(calls[name]))
+
+    gc.disable()
+    try:
+        benchmark.pedantic(calls[ours], setup=before_ours, rounds=rounds)
+    finally:
+        gc.enable()
+    times[ours] = list(benchmark.stats.stats.data) if benchmark.stats else [seconds(calls[ours])]
+    return times, rounds
+
+
+def percentiles(times: list[float]) -> dict[str, float]:
+    """Milliseconds at the 20th, 50th and 80th percentile."""
+    return {f"p{q}_ms": torch.tensor(times).quantile(q / 100).item() * 1e3 for q in (20, 50, 80)}
+
+
+@cache
+def ceilings(dtype: torch.dtype) -> tuple[float, float]:
+    """This machine, now: FLOP/s of a large matrix product and bytes/s (read plus written) of a large copy, best of ten."""
+    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+    source = torch.randn(2**25)
+    target = torch.empty_like(source)
+    product = min(seconds(lambda: a @ b) for _ in range(10))
+    copy = min(seconds(lambda: target.copy_(source)) for _ in range(10))
+    return 2 * 2048**3 / product, 2 * source.nbytes / copy
