@@ -171,5 +171,5 @@ def weight_correlation(source: Tensor, grad: Tensor, target: Tensor, axes: Axes,
 def _config(tensor: Tensor, pixels: int) -> tuple[int, int, int]:
     """(pixels per block, channels per block, warps), so that neighbouring threads read neighbours: the place to tune."""
     if tensor.stride(1) == 1:
-        return power_of_two(pixels, 1, 32), power_of_two(tensor.shape[1], 1, 64), 4
+        return power_of_two(pixels, 1, 16), power_of_two(tensor.shape[1], 1, 64), 4
     return power_of_two(pixels, 1, 256), 1, 4
