@@ -1,8 +1,9 @@
 """Builds the compiled half of atrous_kernels with CMake; everything else about the package is in pyproject.toml.
 
-Environment: ``ATROUS_CUDA=AUTO|ON|OFF``, ``ATROUS_CUDA_ARCHS`` (default ``80;90a``), ``ATROUS_SANITIZE`` (``address,undefined``),
-``ATROUS_BUILD_TYPE`` (default ``Release``), ``CMAKE_BUILD_PARALLEL_LEVEL``. Uses neither the network nor a GPU. Without a
-compiler or CMake the package installs all the same and runs on Python, Triton and the framework's own operators.
+Environment: ``ATROUS_CUDA=AUTO|ON|OFF``, ``ATROUS_CUDA_ARCHS`` (default ``80;90a``), ``ATROUS_SANITIZE``
+(``address,undefined``), ``ATROUS_BUILD_TYPE`` (default ``Release``), ``CMAKE_BUILD_PARALLEL_LEVEL``. Uses neither the network
+nor a GPU. Without a compiler or CMake the package installs all the same and runs on Python, Triton and the framework's own
+operators.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ class CMakeBuild(build_ext):
         assert torch.origin is not None
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(folder),
-            f"-DATROUS_OUTPUT={package}", f"-DATROUS_TORCH={Path(torch.origin).parent}", f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DATROUS_OUTPUT={package}",
+            f"-DATROUS_TORCH={Path(torch.origin).parent}",
+            f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_BUILD_TYPE={os.environ.get('ATROUS_BUILD_TYPE', 'Release')}",
             f"-DATROUS_CUDA={os.environ.get('ATROUS_CUDA', 'AUTO')}",
             f"-DATROUS_CUDA_ARCHS={os.environ.get('ATROUS_CUDA_ARCHS', '80;90a')}",

@@ -185,6 +185,23 @@ def test_a_large_problem_gives_the_same_bits_and_the_right_ones() -> None:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("name", ["aspp", "depthwise"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_addresses_beyond_32_bits(name: str, layout: str) -> None:
+    # Two images 2^31 elements apart. Memory that nobody touches is never given to the process.
+    case = CASES[name]
+    x, w, b, g = tensors(case, torch.float32, layout, integers=True)
+    far = torch.UntypedStorage(4 * (2**31 + x[0].numel()))
+    spread = torch.empty(0).set_(far, 0, x.shape, (2**31, *x.stride()[1:]))
+    spread.copy_(x)
+    assert torch.equal(ours(case, spread, w, b, g)[0], ours(case, x, w, b, g)[0])
+    assert torch.equal(ours(case, spread, w, b, g)[2], ours(case, x, w, b, g)[2])
+    del spread
+    far_grad = torch.empty(0).set_(far, 0, g.shape, (2**31, *g.stride()[1:]))
+    far_grad.copy_(g)
+    assert torch.equal(ours(case, x, w, b, far_grad)[1], ours(case, x, w, b, g)[1])
+
+
 @pytest.mark.parametrize("groups", [1, 4])
 def test_an_empty_batch(groups: int) -> None:
     case = Case(0, 4, 4, (6, 5), groups=groups)
@@ -219,8 +236,9 @@ def test_errors_name_the_value_and_what_was_expected(changes: dict, message: str
 
 
 def test_gradient_sizes_are_checked() -> None:
+    grad, weight, ones = torch.zeros(1, 4, 6, 6), torch.zeros(4, 4, 3, 3), [1, 1]
     with pytest.raises(RuntimeError, match=r"grad_output: expected the output's sizes \[1, 4, 6, 5\]"):
-        torch.ops.atrous_native.conv2d_input([1, 4, 6, 5], torch.zeros(4, 4, 3, 3), torch.zeros(1, 4, 6, 6), [1, 1], [1, 1], [1, 1], 1)
+        torch.ops.atrous_native.conv2d_input([1, 4, 6, 5], weight, grad, ones, ones, ones, 1)
 
 
 def _isas() -> list[str]:
@@ -228,7 +246,7 @@ def _isas() -> list[str]:
     if facts is None:
         return ["portable"]
     built = facts.build_facts()["isas"]
-    return built[: built.index(facts.selected_isa()) + 1] + ["nonsense"]
+    return [*built[: built.index(facts.selected_isa()) + 1], "nonsense"]
 
 
 @pytest.mark.parametrize("isa", _isas())
@@ -237,7 +255,8 @@ def test_every_instruction_set(isa: str) -> None:
     if os.environ.get("ATROUS_POISON"):
         pytest.skip("already inside the capped process")
     environment = os.environ | {"ATROUS_CPU_ISA": isa, "ATROUS_POISON": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "float64 or integers or large"]
+    chosen = "float64 or integers or large"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if isa == "nonsense":
         assert done.returncode != 0

@@ -1,12 +1,22 @@
 // From a convolution to correlations.
 #include "conv2d.h"
 
+#include <algorithm>
+
 #include "correlate.h"
 
 namespace atrous::cpu {
 namespace {
 
 int64_t element_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
+// The same taps from last to first, so that they read the source in ascending order.
+void reverse(Axis& axis, int64_t& weight_tap, int64_t& weight_offset) {
+  weight_offset += std::max<int64_t>(axis.taps - 1, 0) * weight_tap;
+  weight_tap = -weight_tap;
+  axis.src_offset += std::max<int64_t>(axis.taps - 1, 0) * axis.tap_step;
+  axis.tap_step = -axis.tap_step;
+}
 
 void correlate(const Correlation& job, DType dtype, bool depthwise) {
   depthwise ? depthwise_correlate(job, dtype) : dense_correlate(job, dtype);
@@ -56,12 +66,15 @@ void conv2d_input(const Conv2dShape& s, DType dtype, ConstTensor weight, ConstTe
       job.src = grad_output;
       job.dst.data = static_cast<char*>(grad_input.data) + (row * to.h + column * to.w) * size;
       job.dst.strides = {to.n, to.c, to.h * s.stride_h, to.w * s.stride_w};
-      job.weight = static_cast<const char*>(weight.data) + (h.first_tap * by.h + w.first_tap * by.w) * size;
       job.weight_group = job.src_channels * by.n;
       job.weight_dst = by.c;
       job.weight_src = by.n;
       job.weight_tap_h = by.h * h.tap_stride;
       job.weight_tap_w = by.w * w.tap_stride;
+      int64_t first = h.first_tap * by.h + w.first_tap * by.w;
+      reverse(job.h, job.weight_tap_h, first);
+      reverse(job.w, job.weight_tap_w, first);
+      job.weight = static_cast<const char*>(weight.data) + first * size;
       correlate(job, dtype, is_depthwise(s));
     }
   }

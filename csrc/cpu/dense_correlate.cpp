@@ -74,6 +74,10 @@ template <class S, class A> class DenseCorrelation {
     const bool nhwc = job.src.strides.c == 1 || job.src_channels == 1;
     staged_ = !std::is_same_v<S, A> || !nhwc || job.src_channels % mm_.depth_channels != 0;
     direct_ = std::is_same_v<S, Acc> && (job.dst.strides.c == 1 || job.dst_channels == 1);
+    // Where the columns of the kernel read neighbouring pixels of few channels, they are one longer row of channels.
+    const int64_t pixel = staged_ ? layout_.chunks[0].padded : job.src.strides.w;
+    fused_ = layout_.chunks.size() == 1 && layout_.chunks[0].padded == job.src_channels && pixel == job.src_channels &&
+             job.w.tap_step == 1;
     threads_ = threads_for(job.flops());
   }
 
@@ -237,7 +241,7 @@ template <class S, class A> class DenseCorrelation {
     }
     a_offset.clear();
     for (int64_t i = 0; i < item.h.tap_stop - item.h.tap_start; ++i)
-      for (int64_t j = 0; j < item.w.tap_stop - item.w.tap_start; ++j)
+      for (int64_t j = 0; j < (fused_ ? 1 : item.w.tap_stop - item.w.tap_start); ++j)
         a_offset.push_back(size * (i * ah.tap_step * s.h + j * aw.tap_step * s.w));
   }
 
@@ -245,8 +249,9 @@ template <class S, class A> class DenseCorrelation {
                 const std::vector<int64_t>& a_offset, std::vector<const void*>& b, Acc* block) const {
     const Panel& panel = layout_.panels[item.panel];
     b.clear();
+    const int64_t columns = item.w.tap_stop - item.w.tap_start;
     for (int64_t i = item.h.tap_start; i < item.h.tap_stop; ++i)
-      for (int64_t j = item.w.tap_start; j < item.w.tap_stop; ++j)
+      for (int64_t j = item.w.tap_start; j < item.w.tap_start + (fused_ ? std::min<int64_t>(columns, 1) : columns); ++j)
         b.push_back(packed_ + layout_.offset(panel, chunk, job_.taps(), i * job_.w.taps + j));
     const char* src = staged_ ? src_ : src_ + chunk.first * static_cast<int64_t>(sizeof(A));
     Acc* dst = direct_ ? static_cast<Acc*>(job_.dst.data) + (group_ * job_.dst_channels + panel.first) * job_.dst.strides.c
@@ -255,7 +260,7 @@ template <class S, class A> class DenseCorrelation {
     const char* a[max_rows];
     void* c[max_rows];
     MatmulTile tile{static_cast<int64_t>(b.size()),
-                    chunk.padded / mm_.depth_channels,
+                    chunk.padded / mm_.depth_channels * (fused_ ? columns : 1),
                     a_offset.data(),
                     b.data(),
                     a,
@@ -289,7 +294,7 @@ template <class S, class A> class DenseCorrelation {
   const Correlation& job_;
   const MatmulKernels& mm_;
   const WeightLayout layout_;
-  bool staged_, direct_;
+  bool staged_, direct_, fused_;
   int64_t threads_, group_ = 0, sums_elements_ = 0;
   A *packed_ = nullptr, *stage_ = nullptr;
   Acc* bias_ = nullptr;

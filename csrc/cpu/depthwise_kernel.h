@@ -1,42 +1,87 @@
 // Depthwise inner loops and data movement. Included only by kernels.cpp, inside the namespace of its instruction set.
 
-// NHWC: four pixels share each load of the weights.
+// NHWC, any geometry: the pixels of a block share each load of the weights. Eight sums hide the latency of an addition.
 template <class T, int pixels, int vectors>
 inline void depthwise_block(const DepthwiseRun& run, int64_t pixel, int64_t channel) {
   using Acc = Accumulator<T>;
   constexpr int width = lanes<Acc>;
   const T* src = static_cast<const T*>(run.src) + pixel * run.src_step + channel;
+  const Acc* weight = static_cast<const Acc*>(run.weight) + channel;
   T* dst = static_cast<T*>(run.dst) + pixel * run.dst_step + channel;
   Vec<Acc> sum[pixels][vectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int j = 0; j < vectors; ++j) {
     const Vec<Acc> bias = load(static_cast<const Acc*>(run.bias) + channel + j * width);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int p = 0; p < pixels; ++p) sum[p][j] = bias;
   }
-  for (int64_t tap = 0; tap < run.taps; ++tap) {
-    const Acc* weight = static_cast<const Acc*>(run.weight[tap]) + channel;
-    const T* from = src + run.src_offset[tap];
-#pragma GCC unroll 4
-    for (int j = 0; j < vectors; ++j) {
-      const Vec<Acc> w = load(weight + j * width);
-#pragma GCC unroll 4
-      for (int p = 0; p < pixels; ++p) sum[p][j] += load(from + p * run.src_step + j * width) * w;
+  for (int64_t row = 0; row < run.tap_rows; ++row, src += run.src_tap_row, weight += run.weight_tap_row) {
+    const T* from = src;
+    const Acc* w = weight;
+    for (int64_t column = 0; column < run.tap_columns; ++column, from += run.src_tap_column, w += run.channels) {
+#pragma GCC unroll 8
+      for (int j = 0; j < vectors; ++j) {
+        const Vec<Acc> tap = load(w + j * width);
+#pragma GCC unroll 8
+        for (int p = 0; p < pixels; ++p) sum[p][j] += load(from + p * run.src_step + j * width) * tap;
+      }
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int p = 0; p < pixels; ++p) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < vectors; ++j) store(dst + p * run.dst_step + j * width, sum[p][j]);
   }
+}
+
+// NHWC, neighbouring taps read neighbouring pixels: each pixel is loaded once per row of the kernel, whose weights stay in
+// registers.
+template <class T, int pixels, int taps> inline void depthwise_window(const DepthwiseRun& run, int64_t pixel, int64_t channel) {
+  using Acc = Accumulator<T>;
+  const T* src = static_cast<const T*>(run.src) + pixel * run.src_step + channel;
+  const Acc* weight = static_cast<const Acc*>(run.weight) + channel;
+  T* dst = static_cast<T*>(run.dst) + pixel * run.dst_step + channel;
+  Vec<Acc> sum[pixels];
+#pragma GCC unroll 8
+  for (int p = 0; p < pixels; ++p) sum[p] = load(static_cast<const Acc*>(run.bias) + channel);
+  for (int64_t row = 0; row < run.tap_rows; ++row, src += run.src_tap_row, weight += run.weight_tap_row) {
+    Vec<Acc> w[taps];
+#pragma GCC unroll 8
+    for (int t = 0; t < taps; ++t) w[t] = load(weight + t * run.channels);
+#pragma GCC unroll 16
+    for (int q = 0; q < pixels + taps - 1; ++q) {
+      const Vec<Acc> value = load(src + q * run.src_step);
+#pragma GCC unroll 8
+      for (int t = 0; t < taps; ++t)
+        if (q >= t && q - t < pixels) sum[q - t] += value * w[t];
+    }
+  }
+#pragma GCC unroll 8
+  for (int p = 0; p < pixels; ++p) store(dst + p * run.dst_step, sum[p]);
+}
+
+// All channels of `pixels` pixels: blocks of `vectors` vectors, then of fewer.
+template <class T, int pixels, int vectors>
+inline int64_t depthwise_channels(const DepthwiseRun& run, int64_t pixel, int64_t channel) {
+  constexpr int width = lanes<Accumulator<T>>;
+  for (; channel + vectors * width <= run.channels; channel += vectors * width)
+    depthwise_block<T, pixels, vectors>(run, pixel, channel);
+  if constexpr (vectors > 1) return depthwise_channels<T, pixels, vectors / 2>(run, pixel, channel);
+  return channel;
 }
 
 template <class T, int pixels> inline void depthwise_pixels(const DepthwiseRun& run, int64_t pixel) {
   using Acc = Accumulator<T>;
   constexpr int width = lanes<Acc>;
+  const bool window = run.src_tap_column == run.src_step;
   int64_t channel = 0;
-  for (; channel + 2 * width <= run.channels; channel += 2 * width) depthwise_block<T, pixels, 2>(run, pixel, channel);
-  for (; channel + width <= run.channels; channel += width) depthwise_block<T, pixels, 1>(run, pixel, channel);
+  if (pixels >= 4 && window && run.tap_columns == 3) {
+    for (; channel + width <= run.channels; channel += width) depthwise_window<T, pixels, 3>(run, pixel, channel);
+  } else if (pixels >= 4 && window && run.tap_columns == 5) {
+    for (; channel + width <= run.channels; channel += width) depthwise_window<T, pixels, 5>(run, pixel, channel);
+  } else {
+    channel = depthwise_channels<T, pixels, 8 / pixels>(run, pixel, 0);
+  }
   if (channel == run.channels) return;
   if (run.channels >= width) {  // the last vector overlaps its neighbour: those lanes are written twice, alike
     depthwise_block<T, pixels, 1>(run, pixel, run.channels - width);
@@ -45,17 +90,37 @@ template <class T, int pixels> inline void depthwise_pixels(const DepthwiseRun& 
   for (; channel < run.channels; ++channel) {
     for (int64_t p = pixel; p < pixel + pixels; ++p) {
       Acc sum = static_cast<const Acc*>(run.bias)[channel];
-      for (int64_t tap = 0; tap < run.taps; ++tap)
-        sum += value_of(static_cast<const T*>(run.src)[p * run.src_step + run.src_offset[tap] + channel]) *
-               static_cast<const Acc*>(run.weight[tap])[channel];
+      for (int64_t row = 0; row < run.tap_rows; ++row) {
+        const T* src = static_cast<const T*>(run.src) + p * run.src_step + row * run.src_tap_row + channel;
+        const Acc* weight = static_cast<const Acc*>(run.weight) + row * run.weight_tap_row + channel;
+        for (int64_t column = 0; column < run.tap_columns; ++column)
+          sum += value_of(src[column * run.src_tap_column]) * weight[column * run.channels];
+      }
       assign(static_cast<T*>(run.dst) + p * run.dst_step + channel, sum);
     }
   }
 }
 
 template <class T> void depthwise_run(const DepthwiseRun& run) {
+  // At rate r, every r-th pixel shares its source pixels with the next but r: r runs of neighbouring taps.
+  const int64_t rate = run.src_tap_column / run.src_step;
+  const bool interleaved = rate > 1 && run.src_tap_column == rate * run.src_step && run.pixels >= 4 * rate;
+  if (interleaved && (run.tap_columns == 3 || run.tap_columns == 5)) {
+    for (int64_t phase = 0; phase < rate; ++phase) {
+      DepthwiseRun one = run;
+      one.pixels = (run.pixels - phase + rate - 1) / rate;
+      one.src = static_cast<const T*>(run.src) + phase * run.src_step;
+      one.dst = static_cast<T*>(run.dst) + phase * run.dst_step;
+      one.src_step = rate * run.src_step;
+      one.dst_step = rate * run.dst_step;
+      depthwise_run<T>(one);
+    }
+    return;
+  }
   int64_t pixel = 0;
+  for (; pixel + 8 <= run.pixels; pixel += 8) depthwise_pixels<T, 8>(run, pixel);
   for (; pixel + 4 <= run.pixels; pixel += 4) depthwise_pixels<T, 4>(run, pixel);
+  for (; pixel + 2 <= run.pixels; pixel += 2) depthwise_pixels<T, 2>(run, pixel);
   for (; pixel < run.pixels; ++pixel) depthwise_pixels<T, 1>(run, pixel);
 }
 
@@ -111,24 +176,38 @@ template <class T> void depthwise_weight_run(const DepthwiseWeightRun& run) {
   for (; tap < run.taps; ++tap) depthwise_weight_taps<T, 1>(run, tap);
 }
 
-// NCHW: vectors along the row, several rows at a time share each load of a weight.
+// NCHW: vectors along the row; the rows and vectors of a block share each load of a weight.
+template <class T, int rows, int vectors> inline void correlate_block(const PlaneCorrelation& plane, int64_t y, int64_t x) {
+  constexpr int width = lanes<T>;
+  const T* src = static_cast<const T*>(plane.src) + y * plane.src_row + x;
+  const T* weight = static_cast<const T*>(plane.weight);
+  T* dst = static_cast<T*>(plane.dst) + y * plane.dst_row + x;
+  Vec<T> sum[rows][vectors];
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 2
+    for (int j = 0; j < vectors; ++j) sum[r][j] = Vec<T>{} + *static_cast<const T*>(plane.bias);
+  }
+  for (int64_t tap = 0; tap < plane.taps; ++tap) {
+    const T* from = src + plane.src_offset[tap];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 2
+      for (int j = 0; j < vectors; ++j) sum[r][j] += load(from + r * plane.src_row + j * width) * weight[tap];
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 2
+    for (int j = 0; j < vectors; ++j) store(dst + r * plane.dst_row + j * width, sum[r][j]);
+  }
+}
+
 template <class T, int rows> inline void correlate_rows(const PlaneCorrelation& plane, int64_t y) {
   constexpr int width = lanes<T>;
-  const T* src = static_cast<const T*>(plane.src) + y * plane.src_row;
-  const T* weight = static_cast<const T*>(plane.weight);
-  T* dst = static_cast<T*>(plane.dst) + y * plane.dst_row;
-  for (int64_t x = 0; x < plane.columns; x += width) {
-    Vec<T> sum[rows];
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) sum[r] = Vec<T>{} + *static_cast<const T*>(plane.bias);
-    for (int64_t tap = 0; tap < plane.taps; ++tap) {
-      const T* from = src + plane.src_offset[tap] + x;
-#pragma GCC unroll 4
-      for (int r = 0; r < rows; ++r) sum[r] += load(from + r * plane.src_row) * weight[tap];
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) store(dst + r * plane.dst_row + x, sum[r]);
-  }
+  int64_t x = 0;
+  for (; x + width < plane.columns; x += 2 * width) correlate_block<T, rows, 2>(plane, y, x);
+  if (x < plane.columns) correlate_block<T, rows, 1>(plane, y, x);
 }
 
 template <class T> void correlate_plane(const PlaneCorrelation& plane) {
@@ -137,20 +216,34 @@ template <class T> void correlate_plane(const PlaneCorrelation& plane) {
   for (; y < plane.rows; ++y) correlate_rows<T, 1>(plane, y);
 }
 
+// The sum has one order whatever the rows at a time: row after row in each of four interleaved sums.
 template <class T> void dot_plane(const PlaneDot& plane) {
   constexpr int width = lanes<T>;
   Vec<T> lane;
   for (int i = 0; i < width; ++i) lane[i] = static_cast<T>(i);
   const auto in_tail = lane < static_cast<T>(plane.columns % width);
   const int64_t whole = plane.columns - plane.columns % width;
-  Vec<T> sum = load(static_cast<const T*>(plane.lanes_sum)), tail{};
-  for (int64_t y = 0; y < plane.rows; ++y) {
-    const T* a = static_cast<const T*>(plane.a) + y * plane.a_row;
-    const T* b = static_cast<const T*>(plane.b) + y * plane.b_row;
-    for (int64_t x = 0; x < whole; x += width) sum += load(a + x) * load(b + x);
-    if (whole < plane.columns) tail += in_tail ? load(a + whole) * load(b + whole) : Vec<T>{};
+  const T* a = static_cast<const T*>(plane.a);
+  const T* b = static_cast<const T*>(plane.b);
+  const Vec<T> none{};
+  Vec<T> sum[4] = {};
+  int64_t y = 0;
+  for (; y + 4 <= plane.rows; y += 4, a += 4 * plane.a_row, b += 4 * plane.b_row) {
+    for (int64_t x = 0; x < whole; x += width) {
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) sum[r] += load(a + r * plane.a_row + x) * load(b + r * plane.b_row + x);
+    }
+    if (whole == plane.columns) continue;
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r)
+      sum[r] += in_tail ? load(a + r * plane.a_row + whole) * load(b + r * plane.b_row + whole) : none;
   }
-  store(static_cast<T*>(plane.lanes_sum), sum + tail);
+  for (; y < plane.rows; ++y, a += plane.a_row, b += plane.b_row) {
+    for (int64_t x = 0; x < whole; x += width) sum[0] += load(a + x) * load(b + x);
+    if (whole < plane.columns) sum[0] += in_tail ? load(a + whole) * load(b + whole) : none;
+  }
+  T* to = static_cast<T*>(plane.lanes_sum);
+  store(to, load(to) + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
 }
 
 // Data movement: squares through registers, the rest one by one.

@@ -24,25 +24,17 @@ template <class S> void correlate(const Correlation& job) {
     std::fill(segment_of.begin() + segments_h[i].start, segment_of.begin() + segments_h[i].stop, i);
 
   parallel(job.batch * job.h.n_out, threads_for(memory_weight * job.flops()), [&](int64_t begin, int64_t end) {
-    std::vector<int64_t> offset(taps);
-    std::vector<const void*> weights(taps);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t n = row / job.h.n_out, y = row % job.h.n_out;
       const Segment& h = segments_h[segment_of[y]];
+      const int64_t y0 = y * job.h.src_step + job.h.src_offset + h.tap_start * job.h.tap_step;
       for (const Segment& w : segments_w) {
-        int64_t count = 0;
-        for (int64_t i = h.tap_start; i < h.tap_stop; ++i) {
-          for (int64_t j = w.tap_start; j < w.tap_stop; ++j, ++count) {
-            offset[count] = (i - h.tap_start) * job.h.tap_step * s.h + (j - w.tap_start) * job.w.tap_step * s.w;
-            weights[count] = weight + (i * job.w.taps + j) * channels;
-          }
-        }
-        const int64_t y0 = y * job.h.src_step + job.h.src_offset + h.tap_start * job.h.tap_step;
         const int64_t x0 = w.start * job.w.src_step + job.w.src_offset + w.tap_start * job.w.tap_step;
         depthwise_kernels<S>().run(DepthwiseRun{
-            w.stop - w.start, channels, count, static_cast<const S*>(job.src.data) + (n * s.n + y0 * s.h + x0 * s.w),
-            offset.data(), weights.data(), bias, static_cast<S*>(job.dst.data) + (n * d.n + y * d.h + w.start * d.w),
-            job.w.src_step * s.w, d.w});
+            w.stop - w.start, channels, h.tap_stop - h.tap_start, w.tap_stop - w.tap_start,
+            static_cast<const S*>(job.src.data) + (n * s.n + y0 * s.h + x0 * s.w), job.w.src_step * s.w,
+            job.h.tap_step * s.h, job.w.tap_step * s.w, weight + (h.tap_start * job.w.taps + w.tap_start) * channels,
+            job.w.taps * channels, bias, static_cast<S*>(job.dst.data) + (n * d.n + y * d.h + w.start * d.w), d.w});
       }
     }
   });

@@ -20,17 +20,37 @@ struct PhaseRow {
   }
 };
 
+// An axis with its border made part of the source, so that all taps are valid everywhere. For the narrow borders of usual
+// kernels one rectangle with a few zeros is faster than many rectangles of a column or two; wide ones stay outside.
+struct Border {
+  int64_t before, after;
+  Border(Axis& axis) : before(0), after(0) {
+    if (axis.taps == 0 || axis.n_out == 0) return;
+    const int64_t first = axis.src_offset, last = (axis.n_out - 1) * axis.src_step + first + (axis.taps - 1) * axis.tap_step;
+    constexpr int64_t widest = 8;
+    const int64_t low = std::max<int64_t>(-first, 0), high = std::max<int64_t>(last + 1 - axis.n_src, 0);
+    if (low > widest || high > widest) return;
+    before = low;
+    after = high;
+    axis.n_src += before + after;
+    axis.src_offset += before;
+  }
+};
+
+// Source [rows, columns] into the staged plane, inside its border.
 template <class S>
-void stage_plane(const S* from, const Strides& s, int64_t rows, int64_t columns, const PhaseRow& phase, Accumulator<S>* to) {
+void stage_plane(const S* from, const Strides& s, int64_t rows, int64_t columns, int64_t border_h, int64_t border_w,
+                 const PhaseRow& phase, Accumulator<S>* to) {
   using Acc = Accumulator<S>;
+  to += border_h * phase.size();
   for (int64_t y = 0; y < rows; ++y, from += s.h, to += phase.size()) {
     if (phase.step == 1 && s.w == 1) {
-      copy_row(columns, from, to);
-    } else {
-      for (int64_t residue = 0; residue < phase.step; ++residue) {
-        Acc* row = to + residue * phase.length;
-        for (int64_t x = residue; x < columns; x += phase.step) *row++ = convert_value<S, Acc>(from[x * s.w]);
-      }
+      copy_row(columns, from, to + border_w);
+      continue;
+    }
+    for (int64_t first = 0; first < phase.step; ++first) {
+      Acc* row = to + phase.at(border_w + first);
+      for (int64_t x = first; x < columns; x += phase.step) *row++ = convert_value<S, Acc>(from[x * s.w]);
     }
   }
 }
@@ -39,7 +59,9 @@ template <class S> void correlate(const Correlation& job) {
   using Acc = Accumulator<S>;
   const int64_t channels = job.groups, taps = job.taps();
   const Strides &s = job.src.strides, &d = job.dst.strides;
-  const PhaseRow phase(job.w);
+  Axis h = job.h, w = job.w;
+  const Border border_h(h), border_w(w);
+  const PhaseRow phase(w);
   const int64_t dst_row = job.w.n_out + slack;
   Scratch scratch(static_cast<size_t>((taps + 1) * channels) * sizeof(Acc));
   Acc* weight = scratch.as<Acc>();
@@ -53,30 +75,32 @@ template <class S> void correlate(const Correlation& job) {
     std::vector<int64_t> offset, tap;
   };
   std::vector<Rectangle> rectangles;
-  for (const Segment& h : axis_segments(job.h))
-    for (const Segment& w : axis_segments(job.w)) {
-      Rectangle r{h, w, {}, {}};
-      for (int64_t i = h.tap_start; i < h.tap_stop; ++i)
-        for (int64_t j = w.tap_start; j < w.tap_stop; ++j) {
-          const int64_t y = h.start * job.h.src_step + job.h.src_offset + i * job.h.tap_step;
-          r.offset.push_back(y * phase.size() + phase.at(job.w.src_offset + j * job.w.tap_step) + w.start);
-          r.tap.push_back(i * job.w.taps + j);
+  for (const Segment& rows : axis_segments(h))
+    for (const Segment& columns : axis_segments(w)) {
+      Rectangle r{rows, columns, {}, {}};
+      for (int64_t i = rows.tap_start; i < rows.tap_stop; ++i)
+        for (int64_t j = columns.tap_start; j < columns.tap_stop; ++j) {
+          const int64_t y = rows.start * h.src_step + h.src_offset + i * h.tap_step;
+          r.offset.push_back(y * phase.size() + phase.at(w.src_offset + j * w.tap_step) + columns.start);
+          r.tap.push_back(i * w.taps + j);
         }
       rectangles.push_back(std::move(r));
     }
 
   parallel(job.batch * channels, threads_for(memory_weight * job.flops()), [&](int64_t begin, int64_t end) {
-    Scratch staged(static_cast<size_t>(job.h.n_src * phase.size() + slack) * sizeof(Acc));
+    Scratch staged(static_cast<size_t>(h.n_src * phase.size() + slack) * sizeof(Acc));
     Scratch result(static_cast<size_t>(job.h.n_out * dst_row + slack) * sizeof(Acc));
+    std::fill_n(staged.as<Acc>(), h.n_src * phase.size(), Acc{0});  // the border stays so
     std::vector<Acc> weights(taps);
     for (int64_t plane = begin; plane < end; ++plane) {
       const int64_t n = plane / channels, c = plane % channels;
-      stage_plane(static_cast<const S*>(job.src.data) + n * s.n + c * s.c, s, job.h.n_src, job.w.n_src, phase, staged.as<Acc>());
+      stage_plane(static_cast<const S*>(job.src.data) + n * s.n + c * s.c, s, job.h.n_src, job.w.n_src,
+                  border_h.before, border_w.before, phase, staged.as<Acc>());
       for (const Rectangle& r : rectangles) {
         for (size_t i = 0; i < r.tap.size(); ++i) weights[i] = weight[c * taps + r.tap[i]];
         plane_kernels<Acc>().correlate(PlaneCorrelation{
             r.h.stop - r.h.start, r.w.stop - r.w.start, static_cast<int64_t>(r.tap.size()), staged.as<Acc>(),
-            job.h.src_step * phase.size(), r.offset.data(), weights.data(), bias + c,
+            h.src_step * phase.size(), r.offset.data(), weights.data(), bias + c,
             result.as<Acc>() + r.h.start * dst_row + r.w.start, dst_row});
       }
       S* to = static_cast<S*>(job.dst.data) + n * d.n + c * d.c;
@@ -103,8 +127,8 @@ void weight_gradient(const Conv2dShape& shape, ConstTensor input, ConstTensor gr
     for (int64_t c = begin; c < end; ++c) {
       std::fill(sums.begin(), sums.end(), Acc{0});
       for (int64_t n = 0; n < shape.batch; ++n) {
-        stage_plane(static_cast<const S*>(input.data) + n * s.n + c * s.c, s, h.n_src, w.n_src, phase, staged.as<Acc>());
-        stage_plane(static_cast<const S*>(grad.data) + n * g.n + c * g.c, g, shape.out_h, shape.out_w, grad_phase,
+        stage_plane(static_cast<const S*>(input.data) + n * s.n + c * s.c, s, h.n_src, w.n_src, 0, 0, phase, staged.as<Acc>());
+        stage_plane(static_cast<const S*>(grad.data) + n * g.n + c * g.c, g, shape.out_h, shape.out_w, 0, 0, grad_phase,
                     staged_grad.as<Acc>());
         for (int64_t tap = 0; tap < taps; ++tap) {
           int64_t y, y_end, x, x_end;

@@ -78,15 +78,18 @@ struct OuterKernels {
 // Depthwise convolution ------------------------------------------------------------------------------------------------
 
 // NHWC: dst[p][c] = bias[c] + sum over taps of src[p][tap offset + c] * weight[tap][c], for a run of pixels that share
-// their valid taps. Steps and offsets are in elements.
+// their valid taps. Steps are in elements.
 struct DepthwiseRun {
-  int64_t pixels, channels, taps;
-  const void* src;
-  const int64_t* src_offset;         // [taps]
-  const void* const* weight;         // [taps], accumulator type
-  const void* bias;                  // [channels], accumulator type
+  int64_t pixels, channels;
+  int64_t tap_rows, tap_columns;
+  const void* src;                        // of the first pixel under the first tap
+  int64_t src_step;                       // from pixel to pixel
+  int64_t src_tap_row, src_tap_column;
+  const void* weight;                     // [tap][channels], accumulator type, at the first tap
+  int64_t weight_tap_row;                 // from one row of the kernel to the next
+  const void* bias;                       // [channels], accumulator type
   void* dst;
-  int64_t src_step, dst_step;
+  int64_t dst_step;
 };
 
 // NHWC: sum[tap][c] += sum over the pixels of src[p][tap * src_tap_step + c] * grad[p][c], for one row of the kernel.
