@@ -114,6 +114,7 @@ class ResNet(Backbone):
         first_block: base rate of the first block of a stage whose stride was removed. ``"previous"``: the rate before the
             stage, as torchvision (for bottlenecks that is the block's only 3x3 convolution). ``"full"``: the stage's own
             rate, as the paper, whose strides sit at the end of the stage before. Same keys, different outputs.
+        width_mult: factor on all widths; 1 is the published network.
 
     Raises:
         ValueError: an argument outside these.
@@ -131,6 +132,7 @@ class ResNet(Backbone):
         output_stride: int = 32,
         multi_grid: Sequence[int] | None = None,
         first_block: str = "previous",
+        width_mult: float = 1.0,
     ) -> None:
         super().__init__()
         bottleneck, blocks = DEPTHS[depth]
@@ -139,16 +141,19 @@ class ResNet(Backbone):
             raise ValueError(f"first_block={first_block!r}: expected 'previous' or 'full'")
         self.first_block = first_block
         block: type[BasicBlock] | type[Bottleneck] = Bottleneck if bottleneck else BasicBlock
-        self.conv1 = Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        in_channels = 64
-        for index, (width, count) in enumerate(zip(WIDTHS, blocks, strict=True)):
+        widths = [round(width * width_mult) for width in WIDTHS]
+        if widths[0] < 1:
+            raise ValueError(f"width_mult={width_mult}: expected at least {1 / WIDTHS[0]}, one channel in the stem")
+        in_channels = widths[0]
+        self.conv1 = Conv2d(3, in_channels, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        for index, (width, count) in enumerate(zip(widths, blocks, strict=True)):
             stage = nn.Sequential()
             for i in range(count):
                 stage.append(block(in_channels, width, 2 if index > 0 and i == 0 else 1))
                 in_channels = width * block.expansion
             setattr(self, f"layer{index + 1}", stage)
-        low, _, aux, out = (width * block.expansion for width in WIDTHS)
+        low, _, aux, out = (width * block.expansion for width in widths)
         self.channels = {"low": low, "aux": aux, "out": out}
         self.set_output_stride(output_stride)
         for module in self.modules():

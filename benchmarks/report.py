@@ -1,0 +1,297 @@
+"""``python -m benchmarks.report``: docs/results.md, its plots and the README's figures from the committed results.
+
+No number in those files is typed by hand. ``--check`` writes nothing and fails where the texts have drifted from the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from math import exp, log
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "results.md"
+IMAGES = ROOT / "docs" / "images"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- results: made by `python -m benchmarks.report` -->", "<!-- end of results -->"
+
+Rows = list[dict[str, Any]]
+
+
+def load(name: str) -> dict[str, Any] | None:
+    path = RESULTS / name
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def geomean(values: list[float]) -> float:
+    return exp(sum(map(log, values)) / len(values)) if values else float("nan")
+
+
+def best(row: dict[str, Any], *prefixes: str) -> float:
+    """The smallest median among the candidates whose names begin so."""
+    return min(t["p50_ms"] for name, t in row["candidates"].items() if name.startswith(prefixes))
+
+
+def ratio(row: dict[str, Any]) -> float:
+    """Best of the framework's settings over our automatic choice: above 1, we are faster."""
+    return best(row, "torch") / best(row, "ours auto")
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def machine_line(result: dict[str, Any]) -> str:
+    machine, commit = result["machine_info"], result["commit_info"]
+    return (
+        f"{machine['cpu']['brand_raw']}, {machine['threads']} threads, {machine['instruction_set']}; torch {machine['torch']}, "
+        f"Python {machine['python']}; commit `{commit['id'][:10]}`{' with changes' if commit.get('dirty') else ''}, "
+        f"{result['datetime'][:10]}."
+    )
+
+
+def convolution_section(result: dict[str, Any]) -> str:
+    rows: Rows = [benchmark["extra_info"] for benchmark in result["benchmarks"]]
+    cells = []
+    for row in rows:
+        times = row["candidates"]
+        cells.append(
+            [
+                row["case"],
+                *(milliseconds(times[f"torch {layout}"]["p50_ms"]) for layout in ("contiguous", "channels_last")),
+                milliseconds(best(row, "torch.compile")),
+                *(milliseconds(times[f"ours auto {layout}"]["p50_ms"]) for layout in ("contiguous", "channels_last")),
+                f"{times['torch contiguous']['p50_ms'] / times['ours auto contiguous']['p50_ms']:.2f}",
+                f"**{ratio(row):.2f}**",
+                f"{row['floor_ms'] / best(row, 'ours auto'):.0%}",
+                f"{times['ours auto channels_last']['error']:.1e}",
+            ]
+        )
+    header = [
+        "case", "torch contiguous", "torch channels-last", "torch.compile", "ours contiguous", "ours channels-last",
+        "ratio, both contiguous", "ratio, best to best", "of the floor", "error",
+    ]  # fmt: skip
+    ratios = [ratio(row) for row in rows]
+    losses = [f"{row['case']} ({ratio(row):.2f})" for row in rows if ratio(row) < 1]
+    return f"""## conv2d on the CPU
+
+{machine_line(result)}
+
+Milliseconds, medians of interleaved rounds in one process. *Ratio, best to best*: the fastest of the framework's four
+settings (contiguous, channels-last, each also under `torch.compile`) over the faster of our two layouts; above 1 we are faster.
+*Of the floor*: the roofline time of the valid taps alone (matrix-product rate and copy bandwidth measured in the same run)
+over our time. *Error*: largest difference from float64 over the root mean square of the float64 result.
+
+{table(header, cells)}
+
+Geometric mean of the ratio, best to best: **{geomean(ratios):.2f}** over {len(rows)} cases (forward \
+{geomean([ratio(r) for r in rows if not r["backward"]]):.2f}, forward+backward \
+{geomean([ratio(r) for r in rows if r["backward"]]):.2f}). Cases lost: {"; ".join(losses) if losses else "none"}.
+
+![Ratios of conv2d](images/conv2d_cpu.png)
+"""
+
+
+def models_section(result: dict[str, Any]) -> str:
+    rows: Rows = [benchmark["extra_info"] for benchmark in result["benchmarks"]]
+    names = ["torch contiguous", "torch channels_last", "ours auto contiguous", "ours auto channels_last"]
+    cells = [
+        [row["case"], *(f"{row['candidates'][name]['images_per_second']:.2f}" for name in names), f"**{ratio(row):.2f}**"]
+        for row in rows
+    ]
+    return f"""## Whole models on the CPU
+
+{machine_line(result)}
+
+Images per second, the same model and weights, eager; only the convolution differs.
+
+{table(["case", *(name.replace("_", "-") for name in names), "ratio, best to best"], cells)}
+"""
+
+
+def training_section() -> str:
+    parts = []
+    for path in sorted((RESULTS / "training").glob("*.json")):
+        if path.stem.endswith((".auto", ".torch", ".cpu")):
+            continue
+        run = json.loads(path.read_text())
+        swap = {name: load(f"training/{path.stem}.{name}.json") for name in ("auto", "cpu", "torch")}
+        scores = ", ".join(f"{name} {found['miou']:.6f}" for name, found in swap.items() if found)
+        commits = ", ".join(f"`{c['commit'][:10]}` from iteration {c['from_iteration']}" for c in run["commits"])
+        classes = run["iou"]
+        parts.append(
+            f"""### {path.stem}
+
+mIoU **{run["miou"]:.4f}**, pixel accuracy {run["pixel_accuracy"]:.4f} on the {run["images"]} images of `{run["split"]}`; \
+{run["iteration"]} iterations of {run["config"]["train"]["batch_size"]} in {run["seconds"] / 60:.0f} minutes on \
+{run["machine"]["threads"]} thread(s) of {run["machine"]["cpu"]} beside other work, seed {run["seed"]}; trained under {commits}.
+
+Swap test, the trained weights evaluated on each backend: {scores or "not run"}.
+
+{table(["class", "IoU"], [[name, f"{value:.3f}" if value is not None else "absent"] for name, value in classes.items()])}
+
+![Learning curve](images/{path.stem}.png)
+"""
+        )
+    return "## Trained on real images\n\n" + "\n".join(parts) if parts else ""
+
+
+def kernels_section() -> str:
+    lines = []
+    triton = load("triton_resources.json")
+    if triton:
+        rows = triton["rows"]
+        matrix = [row for row in rows if row["mma"] or row["wgmma"]]
+        lines.append(
+            f"- Triton {triton['triton']}: {len(rows)} specialisations compiled ahead of time for "
+            f"{', '.join(sorted({row['target'] for row in rows}))}; {len(matrix)} of them with matrix instructions; "
+            f"{sum(row['spill_bytes'] for row in rows)} bytes spilled in all, at most {max(row['registers'] for row in rows)} "
+            f"registers and {max(row['shared_bytes'] for row in rows) / 1024:.0f} KiB of shared memory."
+        )
+    cuda = load("cuda_resources.json")
+    if cuda:
+        builds = [b for file in cuda["files"].values() for kernel in file.values() for b in kernel.values()]
+        spills = sum(b["spill_store_bytes"] + b["spill_load_bytes"] for b in builds)
+        lines.append(
+            f"- CUDA C++ (nvcc {cuda['nvcc']}): {len(builds)} kernel builds for sm_80 and sm_90a; {spills} bytes spilled in all, at "
+            f"most {max(b['registers'] for b in builds)} registers."
+        )
+    if not lines:
+        return ""
+    text = "\n".join(lines)
+    return f"""## GPU kernels, as compiled
+
+Nothing here was timed on a GPU. The kernels are executed in the tests by Triton's interpreter and by the host emulation.
+
+{text}
+"""
+
+
+def page() -> str:
+    sections = ["# Results\n\nMade by `python -m benchmarks.report` from `benchmarks/results/`; do not edit.\n"]
+    convolution, models = load("conv2d_cpu.json"), load("models_cpu.json")
+    if convolution:
+        sections.append(convolution_section(convolution))
+    if models:
+        sections.append(models_section(models))
+    sections += [training_section(), kernels_section()]
+    return "\n".join(section for section in sections if section)
+
+
+def readme_block() -> str:
+    """The few figures that the README shows, losses included."""
+    lines = []
+    convolution, models = load("conv2d_cpu.json"), load("models_cpu.json")
+    if convolution:
+        rows: Rows = [benchmark["extra_info"] for benchmark in convolution["benchmarks"]]
+        groups: dict[str, Rows] = {}
+        for row in rows:
+            groups.setdefault(
+                f"{row['name']}, {row['dtype']}, {'forward+backward' if row['backward'] else 'forward'}", []
+            ).append(row)
+        cells = [
+            [
+                name,
+                f"{min(map(ratio, group)):.2f} to {max(map(ratio, group)):.2f}",
+                f"{geomean(list(map(ratio, group))):.2f}",
+            ]
+            for name, group in groups.items()
+        ]
+        lines.append(
+            "`conv2d` against the best of PyTorch's contiguous, channels-last and `torch.compile` "
+            f"({convolution['machine_info']['cpu']['brand_raw']}, {convolution['machine_info']['threads']} threads; above 1 we are "
+            "faster):\n\n" + table(["cases", "ratio", "geometric mean"], cells)
+        )
+    if models:
+        lines += [
+            f"- {row['case']}: **{best_speed(row, 'ours'):.2f}** images/s, {best_speed(row, 'torch'):.2f} on the framework's "
+            f"convolution (ratio {ratio(row):.2f})"
+            for row in (benchmark["extra_info"] for benchmark in models["benchmarks"])
+        ]
+    for path in sorted((RESULTS / "training").glob("*.json")):
+        if not path.stem.endswith((".auto", ".torch", ".cpu")):
+            run = json.loads(path.read_text())
+            lines.append(
+                f"- `{path.stem}`: **{run['miou']:.3f}** mIoU on {run['images']} validation images after "
+                f"{run['seconds'] / 60:.0f} minutes on {run['machine']['threads']} CPU thread(s)"
+            )
+    listed = "\n".join(line for line in lines if line.startswith("- "))
+    return "\n\n".join([*(line for line in lines if not line.startswith("- ")), listed]).strip()
+
+
+def best_speed(row: dict[str, Any], prefix: str) -> float:
+    return max(c["images_per_second"] for name, c in row["candidates"].items() if name.startswith(prefix))
+
+
+def readme_text() -> str:
+    text = README.read_text()
+    if BEGIN not in text or END not in text:
+        raise SystemExit(f"{README.name}: expected the lines {BEGIN!r} and {END!r}")
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n{readme_block()}\n{END}{rest.partition(END)[2]}"
+
+
+def plots() -> None:
+    """The pictures of docs/results.md."""
+    from segmodels.engine.report import curves_png
+
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    convolution = load("conv2d_cpu.json")
+    if convolution:
+        _ratio_plot([benchmark["extra_info"] for benchmark in convolution["benchmarks"]], IMAGES / "conv2d_cpu.png")
+    for path in sorted((RESULTS / "training").glob("*.json")):
+        run = json.loads(path.read_text())
+        if "curve" in run:
+            curves_png(IMAGES / f"{path.stem}.png", run["curve"]["train"], run["curve"]["validation"])
+
+
+def _ratio_plot(rows: Rows, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 0.27 * len(rows) + 1), layout="constrained")
+    axes = figure.subplots()
+    values = [ratio(row) for row in rows][::-1]
+    bars = axes.barh(
+        [row["case"] for row in rows][::-1], values, color=["tab:blue" if v >= 1 else "tab:red" for v in values]
+    )
+    axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xlim(min(0.5, *values), max(values) * 1.25)
+    axes.set_xlabel("framework's best setting / ours (above 1: ours is faster)", fontsize=8)
+    axes.tick_params(labelsize=7)
+    figure.canvas = FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=110)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where the texts differ from the results")
+    check = parser.parse_args(arguments).check
+    drifted = []
+    for path, text in ((PAGE, page()), (README, readme_text())):
+        if check:
+            if not path.exists() or path.read_text() != text:
+                drifted.append(path.name)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    if drifted:
+        print(f"differ from the committed results: {', '.join(drifted)}; run python -m benchmarks.report", file=sys.stderr)
+    if not check:
+        plots()
+    return 1 if drifted else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
