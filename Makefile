@@ -33,7 +33,9 @@ lint: install
 	$(BIN)/lint-imports
 
 bench: install
-	$(BIN)/python benchmarks/bench_conv2d.py
+	$(BIN)/python -m pytest benchmarks/bench_conv2d.py --benchmark-enable --benchmark-json=benchmarks/results/conv2d_cpu.json
+	$(BIN)/python -m pytest benchmarks/bench_models.py --benchmark-enable --benchmark-json=benchmarks/results/models_cpu.json
+	$(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf build *.egg-info atrous_kernels/_lib atrous_kernels/*.so

@@ -110,9 +110,7 @@ def candidates(case: Case) -> tuple[dict[str, Callable[[], list[Tensor]]], list[
             calls[f"ours {backend} {layout}"] = _call(case, _ours(backend), a, b, c)
         calls[f"torch {layout}"] = _call(case, F.conv2d, a, b, c)
         calls[f"torch.compile {layout}"] = _call(case, torch.compile(F.conv2d, dynamic=False), a, b, c)
-    exact = _call(
-        case, F.conv2d, x.double().requires_grad_(case.backward), w.double().requires_grad_(case.backward), g.double()
-    )
+    exact = _call(case, F.conv2d, x.double().requires_grad_(case.backward), w.double().requires_grad_(case.backward), g.double())
     return calls, exact(), problem
 
 
@@ -145,9 +143,7 @@ def test_conv2d(benchmark: Any, case: Case) -> None:
         backward=case.backward,
         dtype=str(case.dtype).removeprefix("torch."),
         rounds=rounds,
-        chosen={
-            layout: ak.explain("conv2d", *_shapes(case, memory_format)).chosen for layout, memory_format in LAYOUTS.items()
-        },
+        chosen={layout: ak.explain("conv2d", *_shapes(case, memory_format)).chosen for layout, memory_format in LAYOUTS.items()},
         dense_gflop=passes * problem.dense_flops / 1e9,
         valid_gflop=passes * problem.valid_flops / 1e9,
         floor_ms=floor * 1e3,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from math import exp, log
 from pathlib import Path
@@ -17,7 +18,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
 IMAGES = ROOT / "docs" / "images"
 README = ROOT / "README.md"
-BEGIN, END = "<!-- results: made by `python -m benchmarks.report` -->", "<!-- end of results -->"
+EXPLAINED = "conv2d --input 1,2048,33,33 --weight 256,2048,3,3 --padding 12 --dilation 12"
 
 Rows = list[dict[str, Any]]
 
@@ -162,8 +163,8 @@ def kernels_section() -> str:
         builds = [b for file in cuda["files"].values() for kernel in file.values() for b in kernel.values()]
         spills = sum(b["spill_store_bytes"] + b["spill_load_bytes"] for b in builds)
         lines.append(
-            f"- CUDA C++ (nvcc {cuda['nvcc']}): {len(builds)} kernel builds for sm_80 and sm_90a; {spills} bytes spilled in all, at "
-            f"most {max(b['registers'] for b in builds)} registers."
+            f"- CUDA C++ (nvcc {cuda['nvcc']}): {len(builds)} kernel builds for sm_80 and sm_90a; {spills} bytes spilled in all, "
+            f"at most {max(b['registers'] for b in builds)} registers."
         )
     if not lines:
         return ""
@@ -232,12 +233,23 @@ def best_speed(row: dict[str, Any], prefix: str) -> float:
     return max(c["images_per_second"] for name, c in row["candidates"].items() if name.startswith(prefix))
 
 
+def explain_block() -> str:
+    """What the explain command prints; the same on every machine with the compiled library and Triton."""
+    out = subprocess.run(
+        [sys.executable, "-m", "atrous_kernels", "explain", *EXPLAINED.split()], capture_output=True, text=True, check=True
+    )
+    return f"```\n$ python -m atrous_kernels explain {EXPLAINED}\n{out.stdout.rstrip()}\n```"
+
+
 def readme_text() -> str:
     text = README.read_text()
-    if BEGIN not in text or END not in text:
-        raise SystemExit(f"{README.name}: expected the lines {BEGIN!r} and {END!r}")
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n{readme_block()}\n{END}{rest.partition(END)[2]}"
+    for name, block in (("explain", explain_block()), ("results", readme_block())):
+        begin, end = f"<!-- {name}: made by `python -m benchmarks.report` -->", f"<!-- end of {name} -->"
+        if begin not in text or end not in text:
+            raise SystemExit(f"{README.name}: expected the lines {begin!r} and {end!r}")
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n{block}\n{end}{rest.partition(end)[2]}"
+    return text
 
 
 def plots() -> None:
@@ -261,9 +273,7 @@ def _ratio_plot(rows: Rows, path: Path) -> None:
     figure = Figure(figsize=(10, 0.27 * len(rows) + 1), layout="constrained")
     axes = figure.subplots()
     values = [ratio(row) for row in rows][::-1]
-    bars = axes.barh(
-        [row["case"] for row in rows][::-1], values, color=["tab:blue" if v >= 1 else "tab:red" for v in values]
-    )
+    bars = axes.barh([row["case"] for row in rows][::-1], values, color=["tab:blue" if v >= 1 else "tab:red" for v in values])
     axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
