@@ -70,7 +70,9 @@ template <class S, class A> class DenseCorrelation {
   using Acc = Accumulator<A>;
 
   DenseCorrelation(const Correlation& job)
-      : job_(job), mm_(matmul_kernels<A>()), layout_(WeightLayout::make<A>(job.dst_channels, job.src_channels, job.taps())) {
+      : job_(job),
+        mm_(matmul_kernels<A>()),
+        layout_(WeightLayout::make<A>(job.dst_channels, job.src_channels, job.taps())) {
     const bool nhwc = job.src.strides.c == 1 || job.src_channels == 1;
     staged_ = !std::is_same_v<S, A> || !nhwc || job.src_channels % mm_.depth_channels != 0;
     direct_ = std::is_same_v<S, Acc> && (job.dst.strides.c == 1 || job.dst_channels == 1);
@@ -216,7 +218,8 @@ template <class S, class A> class DenseCorrelation {
         placed = item;
       }
       Acc* block = sums != nullptr ? sums + item->sums : local.as<Acc>();
-      for (int64_t c = chunk; c < chunk_end; ++c) multiply(*item, layout_.chunks[c], from.data(), to.data(), a_offset, b, block);
+      for (int64_t c = chunk; c < chunk_end; ++c)
+        multiply(*item, layout_.chunks[c], from.data(), to.data(), a_offset, b, block);
       if (!direct_ && chunk_end == static_cast<int64_t>(layout_.chunks.size())) emit(*item, to.data(), block);
     }
   }

@@ -48,7 +48,8 @@ template <class S> class DenseWeightGradient {
     plan_slabs();
     const int64_t sums_size = taps_ * src_padded_ * dst_padded_;
     const int64_t src_pixels = images_ * src_rows_ * s_.in_w;
-    const int64_t together = std::clamp<int64_t>(slab_bytes / static_cast<int64_t>(sizeof(Acc)) / std::max<int64_t>(src_pixels * stretch_, 1), 1, stretches_);
+    const int64_t stretch_bytes = std::max<int64_t>(src_pixels * stretch_ * static_cast<int64_t>(sizeof(Acc)), 1);
+    const int64_t together = std::clamp<int64_t>(slab_bytes / stretch_bytes, 1, stretches_);
     Scratch sums(static_cast<size_t>(sums_size) * sizeof(Acc));
     Scratch src(static_cast<size_t>(together * src_pixels * stretch_) * sizeof(Acc));
     Scratch grad(static_cast<size_t>(images_ * rows_ * s_.out_w * dst_padded_) * sizeof(Acc));
@@ -107,10 +108,12 @@ template <class S> class DenseWeightGradient {
     const bool flat = g.h == g.w * s_.out_w;
     const int64_t line = flat ? rows * s_.out_w : s_.out_w, lines = flat ? 1 : rows;
     const S* from = static_cast<const S*>(grad_.data) + group_ * dst_channels_ * g.c;
-    stage(images, lines, line, static_cast<int64_t>(panels_.size()), [&](int64_t image, int64_t row, int64_t first, int64_t pixels, int64_t p) {
-      const Panel& panel = panels_[p];
+    stage(images, lines, line, static_cast<int64_t>(panels_.size()), [&](const Piece& piece) {
+      const auto& [image, row, first, pixels, part] = piece;
+      const Panel& panel = panels_[part];
       const S* at = from + (slab.image + image) * g.n + (slab.row + row) * g.h + first * g.w + panel.first * g.c;
-      Acc* to = staged_grad_ + panel.first * images * rows * s_.out_w + ((image * lines + row) * line + first) * panel.width;
+      Acc* to = staged_grad_ + panel.first * images * rows * s_.out_w;
+      to += ((image * lines + row) * line + first) * panel.width;
       if (panel.columns < panel.width) std::fill_n(to, pixels * panel.width, Acc{0});
       copy_matrix(pixels, panel.columns, at, g.w, g.c, to, panel.width, 1);
     });
@@ -123,22 +126,27 @@ template <class S> class DenseWeightGradient {
     const bool flat = x.h == x.w * s_.in_w;
     const int64_t line = flat ? rows * s_.in_w : s_.in_w, lines = flat ? 1 : rows;
     const S* from = static_cast<const S*>(input_.data) + group_ * src_channels_ * x.c;
-    stage(images, lines, line, last_stretch - first_stretch, [&](int64_t image, int64_t row, int64_t first, int64_t pixels, int64_t i) {
-      const int64_t channel = (first_stretch + i) * stretch_, channels = std::min(stretch_, src_channels_ - channel);
+    stage(images, lines, line, last_stretch - first_stretch, [&](const Piece& piece) {
+      const auto& [image, row, first, pixels, part] = piece;
+      const int64_t channel = (first_stretch + part) * stretch_, channels = std::min(stretch_, src_channels_ - channel);
       const S* at = from + (slab.image + image) * x.n + (slab.src_row + row) * x.h + first * x.w + channel * x.c;
-      Acc* to = src_ + (i * images * rows * s_.in_w + (image * lines + row) * line + first) * stretch_;
+      Acc* to = src_ + (part * images * rows * s_.in_w + (image * lines + row) * line + first) * stretch_;
       if (channels < stretch_) std::fill_n(to, pixels * stretch_, Acc{0});
       copy_matrix(pixels, channels, at, x.w, x.c, to, stretch_, 1);
     });
   }
 
+  // Pixels [first, first + pixels) of a line of an image, times one stretch or panel.
+  struct Piece {
+    int64_t image, line, first, pixels, part;
+  };
   template <class Copy> void stage(int64_t images, int64_t lines, int64_t line, int64_t parts, const Copy& copy) const {
     constexpr int64_t piece = 128;
     const int64_t pieces = ceil_div(line, piece);
     parallel(images * lines * pieces * parts, threads_, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t part = task % parts, first = task / parts % pieces * piece, row = task / parts / pieces;
-        copy(row / lines, row % lines, first, std::min(piece, line - first), part);
+        copy(Piece{row / lines, row % lines, first, std::min(piece, line - first), part});
       }
     });
   }
@@ -153,7 +161,8 @@ template <class S> class DenseWeightGradient {
     }
     parallel_by_cost(cost, threads_, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task)
-        accumulate_one(slab, task / panels / stretches, first_stretch, task / panels % stretches, panels_[task % panels]);
+        accumulate_one(slab, task / panels / stretches, first_stretch, task / panels % stretches,
+                       panels_[task % panels]);
     });
   }
 
@@ -209,8 +218,12 @@ template <class S> class DenseWeightGradient {
         for (int64_t tap = 0; tap < taps_; ++tap) {
           const Acc* from = sums_ + (tap * src_padded_ + first) * dst_padded_;
           S* to = weight + first * d.c + tap / s_.kernel_w * d.h + tap % s_.kernel_w * d.w;
-          if (fused) copy_matrix(channels, dst_channels_, from, dst_padded_, 1, rows + tap * dst_padded_, taps_ * dst_padded_, 1);
-          else copy_matrix(channels, dst_channels_, from, dst_padded_, 1, to, d.c, d.n);
+          if (fused) {
+            for (int64_t c = 0; c < channels; ++c)
+              std::copy_n(from + c * dst_padded_, dst_padded_, rows + (c * taps_ + tap) * dst_padded_);
+          } else {
+            copy_matrix(channels, dst_channels_, from, dst_padded_, 1, to, d.c, d.n);
+          }
         }
         if (fused) copy_matrix(channels * taps_, dst_channels_, rows, dst_padded_, 1, weight + first * d.c, 1, d.n);
       }

@@ -36,7 +36,8 @@ inline void depthwise_block(const DepthwiseRun& run, int64_t pixel, int64_t chan
 
 // NHWC, neighbouring taps read neighbouring pixels: each pixel is loaded once per row of the kernel, whose weights stay in
 // registers.
-template <class T, int pixels, int taps> inline void depthwise_window(const DepthwiseRun& run, int64_t pixel, int64_t channel) {
+template <class T, int pixels, int taps>
+inline void depthwise_window(const DepthwiseRun& run, int64_t pixel, int64_t channel) {
   using Acc = Accumulator<T>;
   const T* src = static_cast<const T*>(run.src) + pixel * run.src_step + channel;
   const Acc* weight = static_cast<const Acc*>(run.weight) + channel;

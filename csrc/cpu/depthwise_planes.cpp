@@ -127,9 +127,10 @@ void weight_gradient(const Conv2dShape& shape, ConstTensor input, ConstTensor gr
     for (int64_t c = begin; c < end; ++c) {
       std::fill(sums.begin(), sums.end(), Acc{0});
       for (int64_t n = 0; n < shape.batch; ++n) {
-        stage_plane(static_cast<const S*>(input.data) + n * s.n + c * s.c, s, h.n_src, w.n_src, 0, 0, phase, staged.as<Acc>());
-        stage_plane(static_cast<const S*>(grad.data) + n * g.n + c * g.c, g, shape.out_h, shape.out_w, 0, 0, grad_phase,
-                    staged_grad.as<Acc>());
+        const S* source = static_cast<const S*>(input.data) + n * s.n + c * s.c;
+        const S* gradient = static_cast<const S*>(grad.data) + n * g.n + c * g.c;
+        stage_plane(source, s, h.n_src, w.n_src, 0, 0, phase, staged.as<Acc>());
+        stage_plane(gradient, g, shape.out_h, shape.out_w, 0, 0, grad_phase, staged_grad.as<Acc>());
         for (int64_t tap = 0; tap < taps; ++tap) {
           int64_t y, y_end, x, x_end;
           tap_range(h, tap / w.taps, y, y_end);

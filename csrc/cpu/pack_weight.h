@@ -54,7 +54,8 @@ struct WeightLayout {
     layout.elements = 0;
     for (int64_t left = ceil_div(vectors, mm.vectors); left > 0; --left) {
       const int64_t mine = ceil_div(vectors, left), width = mine * mm.lanes;
-      layout.panels.push_back({first, std::min(width, dst_channels - first), static_cast<int>(mine), width, layout.elements});
+      const int64_t columns = std::min(width, dst_channels - first);
+      layout.panels.push_back({first, columns, static_cast<int>(mine), width, layout.elements});
       layout.elements += depth * taps * width;
       first += width;
       vectors -= mine;
@@ -76,6 +77,8 @@ void pack_weight(const Correlation& job, const WeightLayout& layout, const S* we
   constexpr int64_t strip = 16;  // channels at a time through a first-level cache
   // Where channels and taps are one dense row of the weight, as in the contiguous layout, they are transposed together.
   const bool fused = job.weight_tap_w == 1 && job.weight_tap_h == job.w.taps && job.weight_src == taps;
+  // The input gradient meets the same layout with the channels exchanged and the taps from last to first.
+  const bool reversed = job.weight_tap_w == -1 && job.weight_tap_h == -job.w.taps && job.weight_dst == taps;
 
   parallel(static_cast<int64_t>(layout.panels.size()) * chunks, threads, [&](int64_t begin, int64_t end) {
     Scratch scratch(static_cast<size_t>(strip * taps * layout.panels[0].width) * sizeof(A));
@@ -91,6 +94,10 @@ void pack_weight(const Correlation& job, const WeightLayout& layout, const S* we
         // rows[(k * taps + tap)][column]
         if (fused) {
           copy_matrix(panel.columns, depth * taps, from, job.weight_dst, 1, rows, 1, width);
+        } else if (reversed) {
+          for (int64_t k = 0; k < depth; ++k)
+            copy_matrix(panel.columns, taps, from + k * job.weight_src - (taps - 1), taps, 1,
+                        rows + (k * taps + taps - 1) * width, 1, -width);
         } else {
           for (int64_t tap = 0; tap < taps; ++tap) {
             const S* at = from + tap / job.w.taps * job.weight_tap_h + tap % job.w.taps * job.weight_tap_w;

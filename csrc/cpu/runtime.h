@@ -16,8 +16,9 @@ const Kernels& kernels();
 // Threads that a call of about `flops` operations should be spread over: never more than the framework's setting.
 int64_t threads_for(double flops);
 
-// body(begin, end) over parts of [0, count), on the framework's own pool. Exceptions must not leave the body.
-void parallel_ranges(int64_t count, int64_t threads, void (*body)(int64_t begin, int64_t end, void* context), void* context);
+// body(begin, end) over parts of [0, count), on the framework's own pool.
+void parallel_ranges(int64_t count, int64_t threads, void (*body)(int64_t begin, int64_t end, void* context),
+                     void* context);
 
 template <class Body> void parallel(int64_t count, int64_t threads, const Body& body) {
   parallel_ranges(
@@ -33,7 +34,8 @@ template <class Body> void parallel_by_cost(const std::vector<int64_t>& cost, in
   for (const int64_t one : cost) before.push_back(before.back() + one);
   const auto task = [&](int64_t part) {
     if (part == threads) return static_cast<int64_t>(cost.size());
-    return static_cast<int64_t>(std::lower_bound(before.begin(), before.end(), before.back() * part / threads) - before.begin());
+    const int64_t share = before.back() * part / threads;
+    return static_cast<int64_t>(std::lower_bound(before.begin(), before.end(), share) - before.begin());
   };
   parallel(threads, threads, [&](int64_t part, int64_t part_end) { body(task(part), task(part_end)); });
 }

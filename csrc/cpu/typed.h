@@ -1,6 +1,7 @@
 // The entries of the kernel table by C++ type, for the drivers.
 #pragma once
 
+#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 
@@ -63,6 +64,8 @@ void copy_matrix(int64_t rows, int64_t columns, const From* src, int64_t src_row
     transpose_kernel<From, To>()(rows, columns, src, src_row, dst, dst_column);
   } else if (src_row == 1 && dst_column == 1) {
     transpose_kernel<From, To>()(columns, rows, src, src_column, dst, dst_row);
+  } else if (std::abs(src_row) < std::abs(src_column)) {
+    copy_matrix(columns, rows, src, src_column, src_row, dst, dst_column, dst_row);
   } else {
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < columns; ++j)

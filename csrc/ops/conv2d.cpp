@@ -20,8 +20,10 @@ cpu::DType dtype_of(const Tensor& t) {
     case ScalarType::Float: return cpu::DType::float32;
     case ScalarType::Double: return cpu::DType::float64;
     case ScalarType::BFloat16: return cpu::DType::bfloat16;
-    default: fail("dtype", "expected float32, float64, bfloat16 or float16, but got scalar type ", static_cast<int>(t.scalar_type()));
+    default: break;
   }
+  fail("dtype", "expected float32, float64, bfloat16 or float16, but got scalar type ",
+       static_cast<int>(t.scalar_type()));
 }
 
 bool is_half(const Tensor& t) { return t.scalar_type() == ScalarType::Half; }
@@ -88,9 +90,10 @@ Tensor conv2d_weight_cpu(const Tensor& input, std::vector<int64_t> weight_size, 
 }  // namespace atrous
 
 STABLE_TORCH_LIBRARY(atrous_native, m) {
-  m.def("conv2d(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor");
-  m.def("conv2d_input(int[] input_size, Tensor weight, Tensor grad_output, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor");
-  m.def("conv2d_weight(Tensor input, int[] weight_size, Tensor grad_output, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor");
+#define ATROUS_GEOMETRY "int[] stride, int[] padding, int[] dilation, int groups) -> Tensor"
+  m.def("conv2d(Tensor input, Tensor weight, Tensor? bias, " ATROUS_GEOMETRY);
+  m.def("conv2d_input(int[] input_size, Tensor weight, Tensor grad_output, " ATROUS_GEOMETRY);
+  m.def("conv2d_weight(Tensor input, int[] weight_size, Tensor grad_output, " ATROUS_GEOMETRY);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(atrous_native, CPU, m) {

@@ -49,8 +49,8 @@ std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> axis_segments(int64_
 auto input_grad_axis(int64_t n_in, int64_t n_out, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation,
                      int64_t residue) {
   if (stride < 1 || dilation < 1 || residue < 0 || residue >= stride)
-    throw py::value_error("input_grad_axis: expected stride and dilation of at least 1 and 0 <= residue < stride, but got stride " +
-                          std::to_string(stride) + ", dilation " + std::to_string(dilation) + ", residue " +
+    throw py::value_error("input_grad_axis: expected stride and dilation of at least 1 and 0 <= residue < stride, but got "
+                          "stride " + std::to_string(stride) + ", dilation " + std::to_string(dilation) + ", residue " +
                           std::to_string(residue));
   const atrous::InputGradAxis g = atrous::input_grad_axis(n_in, n_out, kernel, stride, padding, dilation, residue);
   const atrous::Axis& a = g.axis;
