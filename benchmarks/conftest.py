@@ -23,6 +23,8 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
         torch=torch.__version__,
         mkldnn=torch.backends.mkldnn.is_available(),
         threads=torch.get_num_threads(),
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        cudnn=torch.backends.cudnn.version() if torch.cuda.is_available() else None,
         instruction_set=introspect.selected_isa() if introspect else "library not built",
         load_average=os.getloadavg()[0],
     )

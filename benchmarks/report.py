@@ -209,8 +209,8 @@ def readme_block() -> str:
         ]
         lines.append(
             "`conv2d` against the best of PyTorch's contiguous, channels-last and `torch.compile` "
-            f"({convolution['machine_info']['cpu']['brand_raw']}, {convolution['machine_info']['threads']} threads; above 1 we are "
-            "faster):\n\n" + table(["cases", "ratio", "geometric mean"], cells)
+            f"({convolution['machine_info']['cpu']['brand_raw']}, {convolution['machine_info']['threads']} threads; above 1 "
+            "we are faster):\n\n" + table(["cases", "ratio", "geometric mean"], cells)
         )
     if models:
         lines += [
