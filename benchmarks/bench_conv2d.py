@@ -21,7 +21,7 @@ from torch import Tensor
 
 import atrous_kernels as ak
 from atrous_kernels.ops.conv2d import problem_of
-from benchmarks.measure import ceilings, interleave, percentiles
+from benchmarks.measure import DEVICE, ceilings, interleave, percentiles
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -71,7 +71,19 @@ def _cases() -> list[Case]:
     return cases
 
 
-CASES = _cases()
+def _gpu_cases() -> list[Case]:
+    """Training batches in bf16; rate 1 first: where the framework's time does not fall with the rate, it skips no taps."""
+    bf16 = torch.bfloat16
+    cases = [Case("ASPP", 16, 2048, 256, 33, rate, dtype=bf16) for rate in (1, 6, 12, 18)]
+    cases += [Case("ASPP", 16, 2048, 256, 33, rate, True, bf16) for rate in (6, 18)]
+    cases += [Case("block4", 16, 512, 512, 33, rate, dtype=bf16) for rate in (2, 4, 8, 16)]
+    for backward in (False, True):
+        cases += [Case("depthwise", 16, 2048, 2048, 33, rate, backward, bf16, depthwise=True) for rate in (2, 6, 12, 18)]
+    return cases
+
+
+CASES = _cases() if DEVICE == "cpu" else _gpu_cases()
+BACKENDS = ("auto", "cpu") if DEVICE == "cpu" else ("auto", "triton", "cuda")
 
 
 def _call(case: Case, function: Callable[..., Tensor], x: Tensor, w: Tensor, g: Tensor) -> Callable[[], list[Tensor]]:
@@ -96,17 +108,17 @@ def candidates(case: Case) -> tuple[dict[str, Callable[[], list[Tensor]]], list[
     padding = case.rate * (case.kernel - 1) // 2
     x = torch.randn(case.batch, case.in_channels, case.size, case.size).relu()
     w = torch.randn(case.out_channels, case.in_channels // groups, case.kernel, case.kernel) * 0.02
-    x, w = x.to(case.dtype), w.to(case.dtype)
+    x, w = x.to(DEVICE, case.dtype), w.to(DEVICE, case.dtype)
     geometry = ((case.stride,) * 2, (padding,) * 2, (case.rate,) * 2, groups)
     problem = problem_of(x.shape, w.shape, geometry, x, False)
-    g = torch.randn(case.batch, case.out_channels, *problem.out_size).to(case.dtype)
+    g = torch.randn(case.batch, case.out_channels, *problem.out_size).to(DEVICE, case.dtype)
     calls = {}
     torch._dynamo.reset()
     for layout, memory_format in LAYOUTS.items():
         a, b, c = (t.contiguous(memory_format=memory_format) for t in (x, w, g))
         for t in (a, b):
             t.requires_grad_(case.backward)
-        for backend in ("auto", "cpu"):
+        for backend in BACKENDS:
             calls[f"ours {backend} {layout}"] = _call(case, _ours(backend), a, b, c)
         calls[f"torch {layout}"] = _call(case, F.conv2d, a, b, c)
         calls[f"torch.compile {layout}"] = _call(case, torch.compile(F.conv2d, dynamic=False), a, b, c)
@@ -131,6 +143,7 @@ def _error(results: list[Tensor], truth: list[Tensor]) -> float:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_conv2d(benchmark: Any, case: Case) -> None:
+    torch.backends.cudnn.benchmark = True  # the framework's best setting; nothing on the CPU
     calls, truth, problem = candidates(case)
     errors = {name: _error(call(), truth) for name, call in calls.items()}  # also compiles
     times, rounds = interleave(benchmark, calls, "ours auto channels_last")
@@ -164,13 +177,7 @@ def test_conv2d(benchmark: Any, case: Case) -> None:
 
 def _shapes(case: Case, memory_format: torch.memory_format) -> tuple[Any, ...]:
     groups = case.in_channels if case.depthwise else 1
-    x = torch.empty(case.batch, case.in_channels, case.size, case.size, dtype=case.dtype, memory_format=memory_format)
-    w = torch.empty(
-        case.out_channels,
-        case.in_channels // groups,
-        case.kernel,
-        case.kernel,
-        dtype=case.dtype,
-        memory_format=memory_format,
-    )
+    options: Any = {"dtype": case.dtype, "device": DEVICE, "memory_format": memory_format}
+    x = torch.empty(case.batch, case.in_channels, case.size, case.size, **options)
+    w = torch.empty(case.out_channels, case.in_channels // groups, case.kernel, case.kernel, **options)
     return x, w, None, case.stride, case.rate * (case.kernel - 1) // 2, case.rate, groups
