@@ -30,20 +30,20 @@ def seconds(call: Call) -> float:
     return time.perf_counter() - start
 
 
-def interleave(benchmark: Any, calls: dict[str, Call], ours: str, budget: float = 6.0) -> tuple[dict[str, list[float]], int]:
+def interleave(benchmark: Any, calls: dict[str, Call], ours: str, budget: float = 5.0) -> tuple[dict[str, list[float]], int]:
     """Times every call once per round, in an order that rotates; ``ours`` is what the plugin times itself.
 
     Args:
         benchmark: the fixture of pytest-benchmark.
         calls: per name a call, already warm.
         ours: the key of ``calls`` that the plugin's own statistics describe.
-        budget: seconds to spend; 7 rounds at least, 200 at most.
+        budget: seconds to spend; 5 rounds at least, 200 at most.
 
     Returns:
         Per name the seconds of each round, and the number of rounds.
     """
     once = sum(seconds(call) for call in calls.values())
-    rounds = min(max(int(budget / once), 7), 200)
+    rounds = min(max(int(budget / once), 5), 200)
     times: dict[str, list[float]] = {name: [] for name in calls}
     others = [name for name in calls if name != ours]
     turn = 0
