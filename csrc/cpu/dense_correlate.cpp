@@ -20,6 +20,7 @@ namespace {
 constexpr int64_t block_pixels = 180;
 constexpr int64_t small_block_pixels = 36;
 constexpr int64_t stage_bytes = 4 << 20;
+constexpr int64_t cache_alias = 2048;  // bytes
 
 // Images [image, image_end) and written rows [row, row_end), and the source rows that these read.
 struct Slab {
@@ -74,7 +75,9 @@ template <class S, class A> class DenseCorrelation {
         mm_(matmul_kernels<A>()),
         layout_(WeightLayout::make<A>(job.dst_channels, job.src_channels, job.taps())) {
     const bool nhwc = job.src.strides.c == 1 || job.src_channels == 1;
-    staged_ = !std::is_same_v<S, A> || !nhwc || job.src_channels % mm_.depth_channels != 0;
+    // Pixels whole pages apart would compete for a few cache sets; with several taps, copying them together pays.
+    const bool crowded = job.taps() > 1 && job.src.strides.w * static_cast<int64_t>(sizeof(S)) % cache_alias == 0;
+    staged_ = !std::is_same_v<S, A> || !nhwc || job.src_channels % mm_.depth_channels != 0 || crowded;
     direct_ = std::is_same_v<S, Acc> && (job.dst.strides.c == 1 || job.dst_channels == 1);
     // Where the columns of the kernel read neighbouring pixels of few channels, they are one longer row of channels.
     const int64_t pixel = staged_ ? layout_.chunks[0].padded : job.src.strides.w;
