@@ -8,6 +8,7 @@ operators.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import shutil
@@ -50,6 +51,10 @@ class CMakeBuild(build_ext):
         in_place = self.inplace or getattr(self, "editable_mode", False)
         package = ROOT / "atrous_kernels" if in_place else Path(self.build_lib).resolve() / "atrous_kernels"
         folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        cache = folder / "CMakeCache.txt"
+        if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
+            shutil.rmtree(folder)  # the source tree was copied or moved
+        # Paths are given anew each time: an isolated build has its tools and torch in a folder of its own.
         torch = importlib.util.find_spec("torch")
         assert torch is not None
         assert torch.origin is not None
@@ -58,13 +63,17 @@ class CMakeBuild(build_ext):
             f"-DATROUS_OUTPUT={package}",
             f"-DATROUS_TORCH={Path(torch.origin).parent}",
             f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={importlib.import_module('pybind11').get_cmake_dir()}",
             f"-DCMAKE_BUILD_TYPE={os.environ.get('ATROUS_BUILD_TYPE', 'Release')}",
             f"-DATROUS_CUDA={os.environ.get('ATROUS_CUDA', 'AUTO')}",
             f"-DATROUS_CUDA_ARCHS={os.environ.get('ATROUS_CUDA_ARCHS', '80;90a')}",
             f"-DATROUS_SANITIZE={os.environ.get('ATROUS_SANITIZE', '')}",
         ]  # fmt: skip
-        if not (folder / "CMakeCache.txt").exists() and shutil.which("ninja"):
-            configure += ["-G", "Ninja"]
+        ninja = shutil.which("ninja")
+        if ninja:
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        elif cache.exists() and "CMAKE_GENERATOR:INTERNAL=Ninja" in cache.read_text():
+            shutil.rmtree(folder)
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(folder)], check=True)
 
