@@ -69,6 +69,7 @@ class ModelConfig:
     name: str = _setting("deeplabv3_resnet50", "see segmodels.list_models()")
     output_stride: int = _setting(16, "pixels of the image per pixel of the encoder's output: 8, 16 or 32", low=8, high=32)
     weights_backbone: str | None = _setting(None, "classification weights of the backbone: imagenet, a file, or null")
+    weights: str | None = _setting(None, "start from the weights of this checkpoint of segmodels.train (a second stage)")
     aux_loss: bool = _setting(False, "add the auxiliary head")
     options: dict[str, Any] = _setting({}, "further arguments of create_model: rates, separable, multi_grid, ...")
 

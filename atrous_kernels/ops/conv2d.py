@@ -279,23 +279,22 @@ def _framework_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, *geome
     return torch.ops.aten.convolution(input, weight, bias, stride, padding, dilation, False, [0, 0], groups)
 
 
-_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-_CUDA_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _cpu_can_run(problem: ConvProblem) -> str | None:
     if problem.device_type != "cpu":
         return f"runs on the CPU, not on {problem.device_type}"
-    if problem.dtype not in _CPU_DTYPES:
-        return f"{problem.dtype} is not one of {', '.join(map(str, _CPU_DTYPES))}"
+    if problem.dtype not in _NATIVE_DTYPES:
+        return f"{problem.dtype} is not one of {', '.join(map(str, _NATIVE_DTYPES))}"
     return native.cpu_missing()
 
 
 def _cuda_can_run(problem: ConvProblem) -> str | None:
     if problem.device_type != "cuda":
         return f"runs on CUDA devices, not on {problem.device_type}"
-    if problem.dtype not in _CUDA_DTYPES:
-        return f"{problem.dtype} is not one of {', '.join(map(str, _CUDA_DTYPES))}"
+    if problem.dtype not in _NATIVE_DTYPES:
+        return f"{problem.dtype} is not one of {', '.join(map(str, _NATIVE_DTYPES))}"
     return native.cuda_missing()
 
 

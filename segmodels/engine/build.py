@@ -78,16 +78,29 @@ def build_transforms(config: Config) -> Transform:
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
-    """The network of ``config.model``; errors as :func:`segmodels.create_model`."""
-    model = config.model
-    return create_model(
-        model.name,
+    """The network of ``config.model``; errors as :func:`segmodels.create_model` and :func:`load_trained`."""
+    settings = config.model
+    model = create_model(
+        settings.name,
         num_classes,
-        model.output_stride,
-        aux_loss=model.aux_loss,
-        weights_backbone=model.weights_backbone,
-        **model.options,
+        settings.output_stride,
+        aux_loss=settings.aux_loss,
+        weights_backbone=settings.weights_backbone,
+        **settings.options,
     )
+    if settings.weights is not None:
+        _load_weights(model, load_checkpoint(settings.weights), settings.weights, settings.name)
+    return model
+
+
+def _load_weights(model: nn.Module, state: dict[str, Any], path: str | os.PathLike[str], name: str) -> None:
+    """The weights of a checkpoint: the averaged ones where the run kept an average."""
+    weights = state["ema"]["model"] if state.get("ema") else state["model"]
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"checkpoint {path} does not fit {name}: {reason[:600]}") from error
 
 
 def normalization(model: nn.Module) -> dict[str, Any]:
@@ -130,14 +143,9 @@ def load_trained(
     """
     state = load_checkpoint(path)
     # The weights come from the checkpoint: the file they once started from need not exist here.
-    config, raw = load_config(state["config"], ["model.weights_backbone=null", *overrides])
+    config, raw = load_config(state["config"], ["model.weights_backbone=null", "model.weights=null", *overrides])
     model = build_model(config, len(state["classes"]))
-    weights = state["ema"]["model"] if state.get("ema") else state["model"]
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"checkpoint {path} does not fit {config.model.name}: {reason[:600]}") from error
+    _load_weights(model, state, path, config.model.name)
     if config.eval.output_stride is not None:
         model.set_output_stride(config.eval.output_stride)  # type: ignore[operator]
     if config.train.channels_last:

@@ -171,6 +171,22 @@ def test_evaluate_repeats_the_validation(trained, camvid, tmp_path, capsys) -> N
     assert (many["split"], many["images"], many["config"]["eval"]["flip"]) == ("train", 5, True)
 
 
+def test_a_second_stage_starts_from_the_first_ones_weights(trained, camvid, tmp_path) -> None:
+    first = load_checkpoint(trained / "last.pt")
+    # A rate near zero: after one step the weights still are those of the first stage. fp32, values around 1.
+    command = arguments(camvid, tmp_path / "second", f"model.weights={trained / 'last.pt'}", "train.lr=1e-12")
+    assert train.main([*command, "train.iterations=1", "train.warmup_iterations=0"]) == 0
+    second = load_checkpoint(tmp_path / "second" / "last.pt")["model"]
+    weights = first["ema"]["model"] if first["ema"] else first["model"]
+    for name, value in weights.items():
+        if name.endswith("weight"):
+            torch.testing.assert_close(second[name], value, rtol=0, atol=1e-6)
+    with pytest.raises(CheckpointError, match="does not fit deeplabv3"):
+        train.main([*command, "run.overwrite=true", "model.options.image_pooling=false"])
+    with pytest.raises(CheckpointError, match=r"nowhere\.pt does not exist"):
+        train.main(arguments(camvid, tmp_path / "third", "model.weights=nowhere.pt"))
+
+
 def test_predict(trained, camvid, tmp_path, capsys) -> None:
     folder = tmp_path / "photos"
     (folder / "a").mkdir(parents=True)
