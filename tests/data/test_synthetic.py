@@ -121,7 +121,7 @@ def test_sprites_look_alike_whatever_their_class():
 
 
 def test_the_deciding_ground_is_far_away(scenes):
-    """Where a sprite stands on the deck, the ground is out of sight of a receptive field of 49 pixels more often than not."""
+    """Where a sprite stands on the deck, the ground is mostly out of sight of a receptive field of 49 pixels."""
     far = total = 0
     for _, label in scenes:
         ground = np.argwhere(label <= GRASS)
