@@ -52,9 +52,8 @@ class Explanation:
         return next(choice.name for choice in self.choices if choice.chosen)
 
     def __str__(self) -> str:
-        valid = self.problem.valid_flops / max(self.problem.dense_flops, 1)
         lines = [f"{self.op}: {self.problem}"]
-        lines += [f"  {self.problem.valid_flops / 1e9:.3g} GFLOP on valid taps ({valid:.0%} of dense)"]
+        lines += [f"  {self.problem.valid_flops / 1e9:.3g} GFLOP on valid taps ({self.problem.valid_share:.0%} of dense)"]
         lines += [f"  {'->' if c.chosen else '  '} {c.name:<10} {c.reason}" for c in self.choices]
         return "\n".join(lines)
 

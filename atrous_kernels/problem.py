@@ -119,6 +119,7 @@ class ConvProblem:
     dtype: torch.dtype = torch.float32
     device_type: str = "cpu"
     channels_last: bool = False
+    threads: int = 1
 
     @property
     def out_size(self) -> Pair:
@@ -155,6 +156,11 @@ class ConvProblem:
     def valid_flops(self) -> int:
         """Floating-point operations on real input alone; the two gradients need the same number each."""
         return self._flops_per_tap() * sum(r.size * r.taps * c.size * c.taps for r, c in self.rectangles())
+
+    @property
+    def valid_share(self) -> float:
+        """Share of the dense multiplications that read real input."""
+        return self.valid_flops / max(self.dense_flops, 1)
 
     @property
     def bytes(self) -> int:

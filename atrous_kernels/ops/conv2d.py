@@ -71,9 +71,8 @@ def _pick(
     if backend == dispatch.AUTO:
         backend = dispatch.default_backend()
     stride, padding, dilation, groups = geometry
-    key = (
-        *input_size, *weight_size, *stride, *padding, *dilation, groups, tensor.dtype, tensor.device.type, channels_last,
-    )  # fmt: skip
+    what = (*input_size, *weight_size, *stride, *padding, *dilation, groups)
+    key = (*what, tensor.dtype, tensor.device.type, channels_last, torch.get_num_threads())
     found = dispatch.cached(op, backend, key)
     if found is None:
         found = dispatch.choose(op, problem_of(input_size, weight_size, geometry, tensor, channels_last), backend, key)
@@ -102,6 +101,7 @@ def problem_of(
         dtype=tensor.dtype,
         device_type=tensor.device.type,
         channels_last=channels_last,
+        threads=torch.get_num_threads(),
     )
 
 
@@ -306,10 +306,73 @@ def _framework_backward_can_run(problem: ConvProblem) -> str | None:
     return f"the framework has no backward for {problem.dtype}" if problem.dtype.is_complex else None
 
 
-def _cpu_loses(problem: ConvProblem) -> str | None:
+# Where the framework is faster on the CPU, by benchmarks/results/conv2d_cpu_sweep.json (written by benchmarks/sweep_conv2d.py).
+# Timed are fp32 and bf16; the reasons below are what `explain` prints.
+
+
+def _cpu_always_loses(problem: ConvProblem) -> str | None:
     if problem.dtype not in (torch.float32, torch.bfloat16):
         return f"timed in float32 and bfloat16 only, not in {problem.dtype}"
+    if problem.is_depthwise:
+        return None
+    if problem.groups > 1:
+        return "the framework is as fast or faster on groups"
+    if min(problem.in_channels, problem.out_channels) < 32 and problem.kernel != (1, 1):
+        return "the framework is faster below 32 channels"
     return None
+
+
+def _frameworks_fast_pointwise(problem: ConvProblem) -> bool:
+    # With one thread and small batches the framework leaves oneDNN for a slower path.
+    return problem.kernel == (1, 1) and (problem.threads > 1 or problem.batch >= 16)
+
+
+def _cpu_loses_conv2d(problem: ConvProblem) -> str | None:
+    bf16 = problem.dtype is torch.bfloat16
+    if problem.is_depthwise:
+        if problem.stride != (1, 1) and (problem.channels_last or bf16):
+            return "the framework is faster on strided depthwise convolution"
+        if problem.channels_last and max(problem.dilation) == 1 and (bf16 or max(problem.kernel) > 3):
+            return "the framework is faster on channels-last depthwise convolution at rate 1"
+        return None
+    if problem.kernel == (1, 1):
+        slower = bf16 or (problem.channels_last and _frameworks_fast_pointwise(problem))
+        return "the framework is as fast or faster on 1x1" if slower else None
+    if bf16:
+        return None if problem.valid_share < 0.8 else "the framework is as fast or faster where few taps are padding"
+    if problem.channels_last:
+        return None if problem.in_channels < 128 else "the framework's channels-last forward is as fast or faster"
+    return None if problem.in_channels >= 128 else "the framework is faster below 128 channels, contiguous"
+
+
+def _cpu_loses_conv2d_input(problem: ConvProblem) -> str | None:
+    bf16 = problem.dtype is torch.bfloat16
+    if problem.is_depthwise:
+        slower = problem.stride != (1, 1) and not problem.channels_last and not bf16
+        return "the framework is as fast on contiguous strided depthwise convolution" if slower else None
+    if problem.kernel == (1, 1) or problem.channels_last:
+        return None
+    if bf16:
+        return None if problem.valid_share < 0.5 else "the framework is as fast or faster where few taps are padding"
+    fast = 128 <= problem.in_channels < 1024
+    return None if fast else "the framework is faster on contiguous tensors of this width"
+
+
+def _cpu_loses_conv2d_weight(problem: ConvProblem) -> str | None:
+    if problem.is_depthwise:
+        return None
+    if problem.dtype is torch.bfloat16:
+        slower = problem.kernel == (1, 1) or problem.valid_share >= 0.5
+        return "our bf16 weight gradient multiplies in fp32" if slower else None
+    slower = problem.channels_last and _frameworks_fast_pointwise(problem)
+    return "the framework is as fast or faster on channels-last 1x1" if slower else None
+
+
+_CPU_LOSES = {
+    "conv2d": _cpu_loses_conv2d,
+    "conv2d_input": _cpu_loses_conv2d_input,
+    "conv2d_weight": _cpu_loses_conv2d_weight,
+}
 
 
 def _gpu_unmeasured(problem: ConvProblem) -> str | None:
@@ -328,6 +391,9 @@ for _name, _framework, _framework_can_run in (
 
     def _native(*args: Any, _name: str = _name) -> Tensor:
         return getattr(torch.ops.atrous_native, _name)(*args)
+
+    def _cpu_loses(problem: ConvProblem, _name: str = _name) -> str | None:
+        return _cpu_always_loses(problem) or _CPU_LOSES[_name](problem)
 
     dispatch.register(
         _name,
