@@ -106,7 +106,7 @@ class Synthetic(SegmentationDataset):
         split: "train", "val" or "test"; different scenes at the same seed.
         size: ``(height, width)`` or one number, 64 or more. Decks, the largest sprites and posts grow with it; the smallest
             sprites, the widths of posts and the textures do not. At 128 a ResNet-18 sees the whole scene without ASPP.
-        length: number of scenes; 2000 for "train" and 200 for the others unless given.
+        length: number of scenes; 4000 for "train" and 200 for the others unless given.
         seed: of the scenes.
 
     Raises:
@@ -118,7 +118,7 @@ class Synthetic(SegmentationDataset):
         if min(height, width) < MINIMUM_SIZE:
             raise ValueError(f"synthetic size is {size}; expected (height, width) of {MINIMUM_SIZE} or more")
         if length is None:
-            length = 2000 if split == "train" else 200
+            length = 4000 if split == "train" else 200
         if length < 1:
             raise ValueError(f"synthetic length is {length}; expected 1 or more")
         if seed < 0:
