@@ -75,7 +75,10 @@ def percentiles(times: list[float]) -> dict[str, float]:
 
 @cache
 def ceilings(dtype: torch.dtype) -> tuple[float, float]:
-    """This machine, now: FLOP/s of a large matrix product (the faster of two ways) and bytes/s (read plus written) of a large copy, best of ten."""
+    """This machine, now, best of ten: FLOP/s of a large matrix product (the faster of two ways), bytes/s of a large copy.
+
+    Bytes count read plus written.
+    """
     side, elements = (2048, 2**25) if DEVICE == "cpu" else (8192, 2**30)
     a, b = (torch.randn(side, side, device=DEVICE).to(dtype) for _ in range(2))
     # The same product as a 1x1 convolution: on some processors the framework's convolution has the better library behind it.
