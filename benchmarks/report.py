@@ -122,11 +122,15 @@ Images per second, the same model and weights, eager; only the convolution diffe
 def training_section() -> str:
     parts = []
     for path in sorted((RESULTS / "training").glob("*.json")):
-        if path.stem.endswith((".auto", ".torch", ".cpu")):
+        if "." in path.stem:  # an evaluation of the run, NAME.BACKEND.json or NAME.msflip.json
             continue
         run = json.loads(path.read_text())
         swap = {name: load(f"training/{path.stem}.{name}.json") for name in ("auto", "cpu", "torch")}
         scores = ", ".join(f"{name} {found['miou']:.6f}" for name, found in swap.items() if found)
+        averaged = load(f"training/{path.stem}.msflip.json")
+        if averaged:
+            scales = ", ".join(f"{scale:g}" for scale in averaged["config"]["eval"]["scales"])
+            scores += f". Averaged over the scales {scales} and their mirror images: mIoU **{averaged['miou']:.4f}**"
         commits = ", ".join(f"`{c['commit'][:10]}` from iteration {c['from_iteration']}" for c in run["commits"])
         classes = run["iou"]
         parts.append(
@@ -219,7 +223,7 @@ def readme_block() -> str:
             for row in (benchmark["extra_info"] for benchmark in models["benchmarks"])
         ]
     for path in sorted((RESULTS / "training").glob("*.json")):
-        if not path.stem.endswith((".auto", ".torch", ".cpu")):
+        if "." not in path.stem:
             run = json.loads(path.read_text())
             lines.append(
                 f"- `{path.stem}`: **{run['miou']:.3f}** mIoU on {run['images']} validation images after "
@@ -262,7 +266,7 @@ def plots() -> None:
         _ratio_plot([benchmark["extra_info"] for benchmark in convolution["benchmarks"]], IMAGES / "conv2d_cpu.png")
     for path in sorted((RESULTS / "training").glob("*.json")):
         run = json.loads(path.read_text())
-        if "curve" in run:
+        if "." not in path.stem:
             curves_png(IMAGES / f"{path.stem}.png", run["curve"]["train"], run["curve"]["validation"])
 
 
