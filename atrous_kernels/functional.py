@@ -48,8 +48,8 @@ def conv2d(
         ValueError: unknown ``backend``.
         RuntimeError: a ``backend`` asked for by name cannot run this problem; the message says why.
 
-    Differentiable twice in input, weight and bias. The ``cpu``, ``triton`` and ``cuda`` kernels never multiply padding
-    zeros. Source: DeepLabv3, section 3.1, equation 1; Yu & Koltun, section 2.
+    Differentiable twice in input, weight and bias. The ``cpu``, ``triton`` and ``cuda`` kernels do not multiply padding
+    zeros (one exception, for contiguous depthwise tensors: docs/architecture.md). Source: DeepLabv3, section 3.1, equation 1; Yu & Koltun, section 2.
     """
     _check_tensors(input, weight, bias)
     unbatched = input.dim() == 3
