@@ -49,7 +49,8 @@ def conv2d(
         RuntimeError: a ``backend`` asked for by name cannot run this problem; the message says why.
 
     Differentiable twice in input, weight and bias. The ``cpu``, ``triton`` and ``cuda`` kernels do not multiply padding
-    zeros (one exception, for contiguous depthwise tensors: docs/architecture.md). Source: DeepLabv3, section 3.1, equation 1; Yu & Koltun, section 2.
+    zeros (one exception, for contiguous depthwise tensors: docs/architecture.md). Source: DeepLabv3, section 3.1,
+    equation 1; Yu & Koltun, section 2.
     """
     _check_tensors(input, weight, bias)
     unbatched = input.dim() == 3
