@@ -50,7 +50,7 @@ def prepare_runtime(config: Config) -> torch.device:
 
 def keep_freed_memory() -> None:
     """glibc gives blocks of 32 MB and more back to the system when they are freed. A training step frees and takes many of
-    them, and the kernel clears every page again: a third of the processor time on CamVid crops at batch 8."""
+    them, and the operating system clears every page again."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # no glibc
