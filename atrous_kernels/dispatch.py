@@ -9,11 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from atrous_kernels.problem import ConvProblem
+import torch
 
 AUTO = "auto"
+
+
+class Problem(Protocol):
+    """One call as numbers. ``str()`` gives its sizes; ``cost()`` a line about its arithmetic or its memory traffic."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device_type(self) -> str: ...
+    def cost(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -26,8 +36,8 @@ class Implementation:
 
     name: str
     run: Callable[..., Any]
-    can_run: Callable[[ConvProblem], str | None]
-    loses: Callable[[ConvProblem], str | None]
+    can_run: Callable[[Any], str | None]
+    loses: Callable[[Any], str | None]
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ class Explanation:
     """Every implementation of an op for one problem: chosen, or why not. ``str()`` gives a table."""
 
     op: str
-    problem: ConvProblem
+    problem: Problem
     choices: tuple[Choice, ...]
 
     @property
@@ -53,7 +63,7 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.problem}"]
-        lines += [f"  {self.problem.valid_flops / 1e9:.3g} GFLOP on valid taps ({self.problem.valid_share:.0%} of dense)"]
+        lines += [f"  {self.problem.cost()}"]
         lines += [f"  {'->' if c.chosen else '  '} {c.name:<10} {c.reason}" for c in self.choices]
         return "\n".join(lines)
 
@@ -100,7 +110,7 @@ def backend(name: str) -> Iterator[None]:
         _default_backend = previous
 
 
-def choose(op: str, problem: ConvProblem, backend: str, cache_key: tuple[Any, ...]) -> Implementation:
+def choose(op: str, problem: Problem, backend: str, cache_key: tuple[Any, ...]) -> Implementation:
     """The implementation that runs ``problem``.
 
     Raises ValueError for an unknown backend and RuntimeError where a backend asked for by name cannot run.
@@ -122,7 +132,7 @@ def forget() -> None:
     _chosen.clear()
 
 
-def _by_name(op: str, problem: ConvProblem, name: str) -> Implementation:
+def _by_name(op: str, problem: Problem, name: str) -> Implementation:
     for implementation in _implementations[op]:
         if implementation.name == name:
             reason = implementation.can_run(problem)
@@ -132,7 +142,7 @@ def _by_name(op: str, problem: ConvProblem, name: str) -> Implementation:
     raise ValueError(f"{op}: unknown backend {name!r}: expected one of {', '.join(backends(op))}")
 
 
-def _automatic(op: str, problem: ConvProblem) -> Implementation:
+def _automatic(op: str, problem: Problem) -> Implementation:
     able = [implementation for implementation in _implementations[op] if implementation.can_run(problem) is None]
     for implementation in able:
         if implementation.loses(problem) is None:
@@ -142,7 +152,7 @@ def _automatic(op: str, problem: ConvProblem) -> Implementation:
     raise RuntimeError(f"{op}: no implementation can run {problem}")
 
 
-def explain(op: str, problem: ConvProblem, backend: str = AUTO) -> Explanation:
+def explain(op: str, problem: Problem, backend: str = AUTO) -> Explanation:
     """Every implementation of ``op``: chosen, or why not. Runs nothing."""
     if op not in _implementations:
         raise ValueError(f"unknown op {op!r}: expected one of {', '.join(_implementations)}")

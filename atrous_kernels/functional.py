@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -70,14 +70,16 @@ def conv2d(
 def explain(op: str, *args: Any, backend: str = "auto", **kwargs: Any) -> dispatch.Explanation:
     """Every implementation of ``op`` for a call with these arguments: chosen, or why not. Runs nothing.
 
-    ``op`` is ``"conv2d"``, ``"conv2d_input"`` or ``"conv2d_weight"``; the arguments are those of :func:`conv2d`.
+    ``op`` is the name of a function of this module; ``"conv2d_input"`` and ``"conv2d_weight"`` are the gradients of
+    :func:`conv2d` and take its arguments.
 
     Raises:
         ValueError: unknown op or backend; RuntimeError: a backend asked for by name that cannot run.
     """
-    if op not in ("conv2d", "conv2d_input", "conv2d_weight"):
-        raise ValueError(f"unknown op {op!r}: expected conv2d, conv2d_input or conv2d_weight")
-    return dispatch.explain(op, describe(*args, **kwargs), backend if backend != "auto" else dispatch.default_backend())
+    if op not in _DESCRIBE:
+        raise ValueError(f"unknown op {op!r}: expected one of {', '.join(_DESCRIBE)}")
+    problem = _DESCRIBE[op](*args, **kwargs)
+    return dispatch.explain(op, problem, backend if backend != "auto" else dispatch.default_backend())
 
 
 def describe(
@@ -197,3 +199,11 @@ def _check_geometry(
             f"Calculated padded input size per channel: ({padded[0]} x {padded[1]}). "
             f"Kernel size: ({spread[0]} x {spread[1]}). Kernel size can't be greater than actual input size"
         )
+
+
+# Per op, the function that turns the arguments of a call into a problem.
+_DESCRIBE: dict[str, Callable[..., dispatch.Problem]] = {
+    "conv2d": describe,
+    "conv2d_input": describe,
+    "conv2d_weight": describe,
+}

@@ -175,6 +175,10 @@ class ConvProblem:
         """The floor: the larger of valid arithmetic and compulsory traffic."""
         return max(self.valid_flops / flops_per_second, self.bytes / bytes_per_second)
 
+    def cost(self) -> str:
+        """One line for :func:`atrous_kernels.explain`."""
+        return f"{self.valid_flops / 1e9:.3g} GFLOP on valid taps ({self.valid_share:.0%} of dense)"
+
     def __str__(self) -> str:
         layout = "channels_last" if self.channels_last else "contiguous"
         pairs = " ".join(

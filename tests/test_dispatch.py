@@ -72,7 +72,7 @@ def test_explain_of_a_call() -> None:
         assert {c.name for c in explanation.choices} == {"cpu", "triton", "cuda", "torch", "reference"}
         assert explanation.problem.out_size == (8, 8)
     assert ak.explain("conv2d", x, w, backend="reference").chosen == "reference"
-    with pytest.raises(ValueError, match="unknown op 'conv3d': expected conv2d, conv2d_input or conv2d_weight"):
+    with pytest.raises(ValueError, match="unknown op 'conv3d': expected one of conv2d, conv2d_input, conv2d_weight"):
         ak.explain("conv3d", x, w)
     with pytest.raises(RuntimeError, match="runs on CUDA devices, not on cpu"):
         ak.explain("conv2d", x, w, backend="cuda")

@@ -7,15 +7,15 @@
 namespace atrous::cpu {
 namespace {
 
-struct Isa {
+struct Candidate {
   const char* name;
   bool present;
 };
 
 // AVX-512 means the subset that every server part since 2017 has: F, BW, VL, DQ. The compiler's cpu_supports also asks
 // the operating system whether it saves the wide registers.
-std::vector<Isa> built() {
-  std::vector<Isa> isas{{"portable", true}};
+std::vector<Candidate> built() {
+  std::vector<Candidate> isas{{"portable", true}};
 #if defined(ATROUS_X86)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -38,7 +38,7 @@ template <class... Parts> [[noreturn]] void fail(const Parts&... parts) {
 
 std::vector<std::string> built_isas() {
   std::vector<std::string> names;
-  for (const Isa& isa : built()) names.emplace_back(isa.name);
+  for (const Candidate& isa : built()) names.emplace_back(isa.name);
   return names;
 }
 
@@ -61,7 +61,7 @@ std::string selected_isa() {
   const char* value = std::getenv("ATROUS_CPU_ISA");
   const std::string cap = value != nullptr ? value : "";
   std::string best;
-  for (const Isa& isa : built()) {
+  for (const Candidate& isa : built()) {
     if (isa.present) best = isa.name;
     if (cap != isa.name) continue;
     if (isa.present) return best;

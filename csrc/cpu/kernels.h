@@ -1,37 +1,9 @@
-// The inner loops, as a table of functions per instruction set. kernels.cpp is compiled once per instruction set and fills
-// one table each; isa.cpp picks the table at run time.
-//
-// Only plain structs and raw pointers here: kernels.cpp must not instantiate inline library code, or the linker could
-// keep a copy compiled for AVX-512 and hand it to callers that run on every machine.
+// The inner loops of the convolutions, as a table of functions per instruction set (tables.h).
 #pragma once
 
-#include <cstdint>
+#include "tables.h"
 
 namespace atrous::cpu {
-
-// Storage of a bfloat16; arithmetic is done in float.
-struct bf16 {
-  uint16_t bits;
-};
-
-static inline float to_float(bf16 x) {
-  const uint32_t bits = uint32_t{x.bits} << 16;
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-static inline bf16 to_bf16(float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof bits);
-  if (value != value) return {0x7fc0};
-  return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};  // to nearest, ties to even
-}
-
-// The type in which products of T are summed.
-template <class T> struct AccumulatorOf { using type = float; };
-template <> struct AccumulatorOf<double> { using type = double; };
-template <class T> using Accumulator = typename AccumulatorOf<T>::type;
 
 // Dense convolution ----------------------------------------------------------------------------------------------------
 
@@ -157,10 +129,6 @@ struct Kernels {
   Convert<float, bf16> narrow;
 };
 
-// One table per instruction set, each defined by its own compilation of kernels.cpp.
-const Kernels& portable_kernels();
-const Kernels& avx2_kernels();
-const Kernels& avx512_kernels();
-const Kernels& avx512_bf16_kernels();
+ATROUS_DECLARE_TABLES(Kernels)
 
 }  // namespace atrous::cpu

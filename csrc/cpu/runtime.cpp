@@ -48,15 +48,12 @@ bool poison() {
 
 }  // namespace
 
-const Kernels& kernels() {
-  static const Kernels& chosen = []() -> const Kernels& {
-    const std::string isa = selected_isa();
-#if defined(ATROUS_X86)
-    if (isa == "avx512_bf16") return avx512_bf16_kernels();
-    if (isa == "avx512") return avx512_kernels();
-    if (isa == "avx2") return avx2_kernels();
-#endif
-    return portable_kernels();
+Isa isa() {
+  static const Isa chosen = [] {
+    const std::string name = selected_isa();
+    if (name == "avx512_bf16") return Isa::avx512_bf16;
+    if (name == "avx512") return Isa::avx512;
+    return name == "avx2" ? Isa::avx2 : Isa::portable;
   }();
   return chosen;
 }

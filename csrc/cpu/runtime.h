@@ -10,8 +10,23 @@
 
 namespace atrous::cpu {
 
-// The table of the selected instruction set (isa.h); chosen once per process.
-const Kernels& kernels();
+// The selected instruction set (isa.h); chosen once per process.
+enum class Isa { portable, avx2, avx512, avx512_bf16 };
+Isa isa();
+
+// Its table of one kind.
+template <class Table> const Table& table() {
+  switch (isa()) {
+#if defined(ATROUS_X86)
+    case Isa::avx512_bf16: return Tables<Table>::avx512_bf16();
+    case Isa::avx512: return Tables<Table>::avx512();
+    case Isa::avx2: return Tables<Table>::avx2();
+#endif
+    default: return Tables<Table>::portable();
+  }
+}
+
+inline const Kernels& kernels() { return table<Kernels>(); }
 
 // Threads that a call of about `flops` operations should be spread over: never more than the framework's setting.
 int64_t threads_for(double flops);

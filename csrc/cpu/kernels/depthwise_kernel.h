@@ -1,4 +1,4 @@
-// Depthwise inner loops and data movement. Included only by kernels.cpp, inside the namespace of its instruction set.
+// Depthwise inner loops and data movement. Included only by the files of kernels/, inside the namespace of its instruction set.
 
 // NHWC, any geometry: the pixels of a block share each load of the weights. Eight sums hide the latency of an addition.
 template <class T, int pixels, int vectors>

@@ -1,5 +1,5 @@
 // Compiled once per instruction set: CMake sets the compiler flags, ATROUS_ISA (a namespace) and ATROUS_ISA_NAME.
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -43,11 +43,6 @@ Kernels make_kernels() {
 }  // namespace ATROUS_ISA
 }  // namespace
 
-#define ATROUS_JOIN(a, b) a##b
-#define ATROUS_TABLE(isa) ATROUS_JOIN(isa, _kernels)
-const Kernels& ATROUS_TABLE(ATROUS_ISA)() {
-  static const Kernels kernels = ATROUS_ISA::make_kernels();
-  return kernels;
-}
+ATROUS_DEFINE_TABLE(Kernels, make_kernels)
 
 }  // namespace atrous::cpu

@@ -1,5 +1,5 @@
 // The dense microkernels: a tile of accumulators stays in registers while taps and channels stream past.
-// Included only by kernels.cpp, inside the namespace of the instruction set that it is compiled for.
+// Included only by the files of kernels/, inside the namespace of the instruction set that it is compiled for.
 
 // How one step of depth is multiplied. A is what one row contributes to a step, read at any alignment.
 template <class T> struct Product {

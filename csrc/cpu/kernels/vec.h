@@ -1,4 +1,4 @@
-// SIMD in the compiler's own vector types: one source, any width. Included only by kernels.cpp, inside the namespace of
+// SIMD in the compiler's own vector types: one source, any width. Included only by the files of kernels/, inside the namespace of
 // the instruction set that it is compiled for.
 
 // Bytes per vector register.
