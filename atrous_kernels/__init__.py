@@ -1,8 +1,8 @@
 """Fast, exact dilated (atrous) convolution for PyTorch on CPU and GPU."""
 
 from atrous_kernels import nn
-from atrous_kernels.dispatch import Explanation, backend
+from atrous_kernels.dispatch import Explanation, backend, precision
 from atrous_kernels.functional import conv2d, explain
 
 __version__ = "0.1.0"
-__all__ = ["Explanation", "backend", "conv2d", "explain", "nn"]
+__all__ = ["Explanation", "backend", "conv2d", "explain", "nn", "precision"]

@@ -71,6 +71,7 @@ class Explanation:
 _implementations: dict[str, list[Implementation]] = {}
 _chosen: dict[tuple[Any, ...], Implementation] = {}
 _default_backend = AUTO
+_precision = "fast"
 
 
 def register(op: str, implementations: list[Implementation]) -> None:
@@ -110,12 +111,35 @@ def backend(name: str) -> Iterator[None]:
         _default_backend = previous
 
 
+def precision_mode() -> str:
+    """``"fast"`` or ``"ieee"``; set by :func:`precision`."""
+    return _precision
+
+
+@contextmanager
+def precision(mode: str) -> Iterator[None]:
+    """Within the block, which algorithms may be chosen: ``"fast"`` (the default) or ``"ieee"``.
+
+    ``"ieee"`` leaves out those whose rounding errors exceed those of summing the products one by one: Winograd's
+    (docs/kernels.md has both). Process-wide, like ``torch.backends`` flags. Raises ValueError for an unknown mode.
+    """
+    global _precision
+    if mode not in ("fast", "ieee"):
+        raise ValueError(f"unknown precision {mode!r}: expected 'fast' or 'ieee'")
+    previous = _precision
+    _precision = mode
+    try:
+        yield
+    finally:
+        _precision = previous
+
+
 def choose(op: str, problem: Problem, backend: str, cache_key: tuple[Any, ...]) -> Implementation:
     """The implementation that runs ``problem``.
 
     Raises ValueError for an unknown backend and RuntimeError where a backend asked for by name cannot run.
     """
-    key = (op, backend, cache_key)
+    key = (op, backend, _precision, cache_key)
     found = _chosen.get(key)
     if found is None:
         found = _chosen[key] = _by_name(op, problem, backend) if backend != AUTO else _automatic(op, problem)
@@ -124,7 +148,7 @@ def choose(op: str, problem: Problem, backend: str, cache_key: tuple[Any, ...]) 
 
 def cached(op: str, backend: str, cache_key: tuple[Any, ...]) -> Implementation | None:
     """The earlier choice for this key, so that the hot path need not build a problem."""
-    return _chosen.get((op, backend, cache_key))
+    return _chosen.get((op, backend, _precision, cache_key))
 
 
 def forget() -> None:

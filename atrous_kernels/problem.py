@@ -7,6 +7,7 @@ twin is ``csrc/include/problem.h``; ``tests/test_problem.py`` holds the two agai
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from math import gcd
 
@@ -103,6 +104,22 @@ def input_grad_axis(
     return InputGradAxis(Axis(positions, n_out, taps, 1, offset, -(period * dilation // stride)), first, period)
 
 
+# What a core could compute while it moves a byte; part of the traffic stays in caches. Only ratios of costs are used.
+FLOPS_PER_BYTE = 8
+
+
+def _tiles(extent: int, rate: int, tile: int) -> int:
+    """Tiles along an axis whose phases modulo ``rate`` are tiled one by one."""
+    whole, longer = divmod(extent, rate)
+    return (rate - longer) * -(-whole // tile) + longer * -(-(whole + 1) // tile)
+
+
+@lru_cache(maxsize=4096)
+def winograd_tile(problem: ConvProblem) -> int:
+    """Written pixels along one side of the cheapest tile of Winograd's algorithm: 2, 3 or 4."""
+    return min((4, 3, 2), key=problem.winograd_cost)
+
+
 @dataclass(frozen=True)
 class ConvProblem:
     """A 2-D convolution. Sizes are (height, width) pairs; ``weight`` is [out_channels, in_channels / groups, *kernel]."""
@@ -170,6 +187,20 @@ class ConvProblem:
         outputs = self.batch * self.out_channels * height * width
         weights = self.out_channels * (self.in_channels // self.groups) * self.kernel[0] * self.kernel[1]
         return (inputs + outputs + weights) * self.dtype.itemsize
+
+    def direct_cost(self) -> float:
+        """Work of a direct kernel in flops, on valid taps, with the packing of its weights."""
+        weights = self.out_channels * (self.in_channels // self.groups) * self.kernel[0] * self.kernel[1]
+        return self.valid_flops + FLOPS_PER_BYTE * 2 * weights * self.dtype.itemsize
+
+    def winograd_cost(self, tile: int) -> float:
+        """Work of Winograd's algorithm in flops, with the transforms of weights, source and sums as memory traffic."""
+        height, width = self.out_size
+        points = (tile + 2) ** 2
+        tiles = self.batch * _tiles(height, self.dilation[0], tile) * _tiles(width, self.dilation[1], tile)
+        weights = self.out_channels * (self.in_channels // self.groups) * (9 + 2 * points)
+        images = points * tiles * (self.in_channels + self.out_channels)
+        return points * tiles * self._flops_per_tap() / max(self.batch, 1) + FLOPS_PER_BYTE * 4 * (weights + images)
 
     def roofline_seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
         """The floor: the larger of valid arithmetic and compulsory traffic."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from atrous_kernels import dispatch, native
 from atrous_kernels.dispatch import Implementation
+from atrous_kernels.ops import winograd
 from atrous_kernels.problem import ConvProblem, out_extent
 from atrous_kernels.reference import conv2d as reference
 from atrous_kernels.triton import conv2d as triton
@@ -398,6 +399,7 @@ for _name, _framework, _framework_can_run in (
     dispatch.register(
         _name,
         [
+            Implementation("winograd", getattr(winograd, _name), winograd.can_run, winograd.loses),
             Implementation("cpu", _native, _cpu_can_run, _cpu_loses),
             Implementation("triton", getattr(triton, _name), triton.can_run, _gpu_unmeasured),
             Implementation("cuda", _native, _cuda_can_run, _gpu_unmeasured),

@@ -48,4 +48,19 @@ void conv2d_input(const Conv2dShape& shape, DType dtype, ConstTensor weight, Con
 void conv2d_weight(const Conv2dShape& shape, DType dtype, ConstTensor input, ConstTensor grad_output,
                    MutableTensor grad_weight);
 
+// The same by Winograd's algorithm (winograd.cpp), for float32, 3x3 and stride 1, with tiles of tile x tile written pixels,
+// 2 to 4, as forward pass or as input gradient. The weights may have been transformed beforehand, for one of the two; else
+// `transformed` is null.
+struct WinogradShape {
+  Conv2dShape conv;
+  int64_t tile;
+  bool input_gradient;
+};
+int64_t winograd_weight_elements(const WinogradShape& shape);
+void winograd_weight(const WinogradShape& shape, ConstTensor weight, float* transformed);
+void conv2d_winograd(const WinogradShape& shape, ConstTensor src, ConstTensor weight, const float* transformed,
+                     const void* bias, MutableTensor dst);
+void conv2d_weight_winograd(const WinogradShape& shape, ConstTensor input, ConstTensor grad_output,
+                            MutableTensor grad_weight);
+
 }  // namespace atrous::cpu

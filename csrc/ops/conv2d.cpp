@@ -7,8 +7,8 @@
 #include <optional>
 #include <vector>
 
+#include "conv2d_arguments.h"
 #include "conv2d_check.h"
-#include "cpu/conv2d.h"
 
 namespace atrous {
 namespace {
@@ -28,16 +28,6 @@ cpu::DType dtype_of(const Tensor& t) {
 
 bool is_half(const Tensor& t) { return t.scalar_type() == ScalarType::Half; }
 Tensor to_type(const Tensor& t, ScalarType type) { return torch::stable::to(t, type); }
-
-cpu::Strides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
-cpu::ConstTensor read(const Tensor& t) { return {t.const_data_ptr(), strides_of(t)}; }
-cpu::MutableTensor write(const Tensor& t) { return {t.mutable_data_ptr(), strides_of(t)}; }
-
-cpu::Conv2dShape shape_of(const Conv2dArguments& a) {
-  return {a.input[0],    a.input[1],   a.input[2],   a.input[3],    a.output[1],   a.output[2],   a.output[3],
-          a.weight[2],   a.weight[3],  a.stride[0],  a.stride[1],   a.padding[0],  a.padding[1],  a.dilation[0],
-          a.dilation[1], a.groups};
-}
 
 // The CPU has no half-precision arithmetic worth the name: float16 is computed in float32 and rounded once.
 Tensor conv2d_cpu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, std::vector<int64_t> stride,

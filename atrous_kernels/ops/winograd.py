@@ -1,0 +1,119 @@
+"""Winograd's algorithm as one more implementation of ``conv2d`` and its gradients on the CPU, and its weights, cached.
+
+A weight that is used twice without having changed is transformed once and kept as long as the tensor lives, in
+inference as in training with frozen layers. It is known by its object, its version counter, and, because writes through
+``.data`` pass that counter by, by a fingerprint of its memory that is taken on every use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from atrous_kernels import dispatch, native
+from atrous_kernels.problem import ConvProblem, winograd_tile
+
+Ints = Sequence[int]
+CACHE_BYTES = 1 << 30
+
+
+def can_run(problem: ConvProblem) -> str | None:
+    """None, or the reason why Winograd's algorithm cannot compute this problem."""
+    if problem.device_type != "cpu":
+        return f"runs on the CPU, not on {problem.device_type}"
+    if problem.dtype is not torch.float32:
+        return f"is for float32, not for {problem.dtype}"
+    if problem.kernel != (3, 3) or problem.stride != (1, 1):
+        return "is for 3x3 kernels of stride 1"
+    if min(problem.in_channels, problem.out_channels) == 0:
+        return "needs channels"
+    if dispatch.precision_mode() == "ieee":
+        return 'is off: its rounding errors are larger, and precision("ieee") is set'
+    return native.cpu_missing()
+
+
+def loses(problem: ConvProblem) -> str | None:
+    """None, or the reason why automatic choice passes it over: a cost model (docs/kernels.md), checked by benchmarks."""
+    if problem.is_depthwise or min(problem.in_channels, problem.out_channels) // problem.groups < 32:
+        return "transforms cost too much below 32 channels per group"
+    cost, direct = problem.winograd_cost(winograd_tile(problem)), problem.direct_cost()
+    return None if cost < 0.9 * direct else f"would need {cost / direct:.0%} of the direct kernel's work"
+
+
+def conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    """As the native ``conv2d``, by Winograd's algorithm."""
+    tile = _tile(input.shape, weight.shape[0], geometry)
+    ready = _transformed(weight, geometry[3], tile, input_gradient=False)
+    return torch.ops.atrous_native.conv2d_winograd(input, weight, ready, bias, *geometry, tile)
+
+
+def conv2d_input(input_size: Ints, weight: Tensor, grad_output: Tensor, *geometry: Any) -> Tensor:
+    """As the native ``conv2d_input``, by Winograd's algorithm."""
+    tile = _tile(input_size, weight.shape[0], geometry)
+    ready = _transformed(weight, geometry[3], tile, input_gradient=True)
+    return torch.ops.atrous_native.conv2d_input_winograd(input_size, weight, ready, grad_output, *geometry, tile)
+
+
+def conv2d_weight(input: Tensor, weight_size: Ints, grad_output: Tensor, *geometry: Any) -> Tensor:
+    """As the native ``conv2d_weight``, by the transpose of Winograd's algorithm."""
+    tile = _tile(input.shape, weight_size[0], geometry)
+    return torch.ops.atrous_native.conv2d_weight_winograd(input, weight_size, grad_output, *geometry, tile)
+
+
+def _tile(input_size: Ints, out_channels: int, geometry: tuple[Any, ...]) -> int:
+    _, (top, left), (rate_h, rate_w), groups = geometry
+    batch, channels, height, width = input_size
+    return winograd_tile(
+        ConvProblem(
+            batch,
+            channels,
+            out_channels,
+            (height, width),
+            kernel=(3, 3),
+            padding=(top, left),
+            dilation=(rate_h, rate_w),
+            groups=groups,
+        )
+    )
+
+
+class _Known(NamedTuple):
+    version: int
+    fingerprint: int
+    transformed: Tensor | None
+
+
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _transformed(weight: Tensor, groups: int, tile: int, input_gradient: bool) -> Tensor | None:
+    """The transformed weight from the second use on; None on the first, when the kernel transforms it for itself."""
+    version = -1 if weight.is_inference() else weight._version
+    uses = _known.setdefault(weight, {})
+    key = (weight.data_ptr(), groups, tile, input_gradient)
+    known = uses.get(key)
+    if known is None or known.version != version:
+        uses.clear()  # of another version, or of memory that the tensor has left
+        uses[key] = _Known(version, 0, None)
+        return None
+    fingerprint = torch.ops.atrous_native.fingerprint(weight)
+    if known.transformed is None or known.fingerprint != fingerprint:
+        transformed = torch.ops.atrous_native.winograd_weight(weight, groups, tile, input_gradient)
+        if cached_bytes() + transformed.nbytes > CACHE_BYTES:
+            return transformed
+        known = uses[key] = _Known(version, fingerprint, transformed)
+    return known.transformed
+
+
+def cached_bytes() -> int:
+    """Bytes of transformed weights that are kept."""
+    return sum(k.transformed.nbytes for uses in _known.values() for k in uses.values() if k.transformed is not None)
+
+
+def forget() -> None:
+    """Drops every transformed weight."""
+    _known.clear()
