@@ -270,7 +270,7 @@ def test_the_frameworks_own_error_inputs() -> None:
         (dict(groups="2"), TypeError, "'groups' must be int, not str"),
         (dict(weight=torch.zeros(6, 4, 3, 3).double()), RuntimeError, "float32.*float64.*should be the same"),
         (dict(weight=torch.zeros(6, 4, 3, 3, device="meta")), RuntimeError, "on one device, but got cpu and meta"),
-        (dict(backend="gpu"), ValueError, "unknown backend 'gpu': expected one of auto, cpu"),
+        (dict(backend="gpu"), ValueError, "unknown backend 'gpu': expected one of auto, winograd, cpu"),
     ],
 )
 def test_mistakes_name_the_value(changes: dict[str, Any], error: type[Exception], message: str) -> None:
