@@ -15,6 +15,7 @@ from torch import Tensor
 from atrous_kernels import dispatch, native
 from atrous_kernels.dispatch import Implementation
 from atrous_kernels.ops import winograd
+from atrous_kernels.ops.prepared_weights import prepared
 from atrous_kernels.problem import ConvProblem, out_extent
 from atrous_kernels.reference import conv2d as reference
 from atrous_kernels.triton import conv2d as triton
@@ -291,6 +292,18 @@ def _cpu_can_run(problem: ConvProblem) -> str | None:
     return native.cpu_missing()
 
 
+# Below this the weights of a dense convolution are packed in less time than their fingerprint takes.
+_WORTH_KEEPING = 1 << 16  # elements
+
+
+def _cpu_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    groups = geometry[3]
+    if weight.numel() < _WORTH_KEEPING or groups > 1 or weight.dtype is torch.float16:
+        return torch.ops.atrous_native.conv2d(input, weight, bias, *geometry)
+    packed = prepared(weight, ("packed",), lambda: torch.ops.atrous_native.pack_weight(weight, groups))
+    return torch.ops.atrous_native.conv2d_packed(input, weight, packed, bias, *geometry)
+
+
 def _cuda_can_run(problem: ConvProblem) -> str | None:
     if problem.device_type != "cuda":
         return f"runs on CUDA devices, not on {problem.device_type}"
@@ -393,6 +406,8 @@ for _name, _framework, _framework_can_run in (
     def _native(*args: Any, _name: str = _name) -> Tensor:
         return getattr(torch.ops.atrous_native, _name)(*args)
 
+    _cpu = _cpu_conv2d if _name == "conv2d" else _native
+
     def _cpu_loses(problem: ConvProblem, _name: str = _name) -> str | None:
         return _cpu_always_loses(problem) or _CPU_LOSES[_name](problem)
 
@@ -400,7 +415,7 @@ for _name, _framework, _framework_can_run in (
         _name,
         [
             Implementation("winograd", getattr(winograd, _name), winograd.can_run, winograd.loses),
-            Implementation("cpu", _native, _cpu_can_run, _cpu_loses),
+            Implementation("cpu", _cpu, _cpu_can_run, _cpu_loses),
             Implementation("triton", getattr(triton, _name), triton.can_run, _gpu_unmeasured),
             Implementation("cuda", _native, _cuda_can_run, _gpu_unmeasured),
             Implementation("torch", _framework, _framework_can_run, _always),

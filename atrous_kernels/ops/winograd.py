@@ -1,24 +1,19 @@
-"""Winograd's algorithm as one more implementation of ``conv2d`` and its gradients on the CPU, and its weights, cached.
-
-A weight that is used twice without having changed is transformed once and kept as long as the tensor lives, in
-inference as in training with frozen layers. It is known by its object, its version counter, and, because writes through
-``.data`` pass that counter by, by a fingerprint of its memory that is taken on every use.
-"""
+"""Winograd's algorithm as one more implementation of ``conv2d`` and its gradients on the CPU."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from atrous_kernels import dispatch, native
+from atrous_kernels.ops.prepared_weights import prepared
 from atrous_kernels.problem import ConvProblem, winograd_tile
 
 Ints = Sequence[int]
-CACHE_BYTES = 1 << 30
 
 
 def can_run(problem: ConvProblem) -> str | None:
@@ -47,14 +42,14 @@ def loses(problem: ConvProblem) -> str | None:
 def conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
     """As the native ``conv2d``, by Winograd's algorithm."""
     tile = _tile(input.shape, weight.shape[0], geometry)
-    ready = _transformed(weight, geometry[3], tile, input_gradient=False)
+    ready = _transformed(weight, geometry[3], tile, False)
     return torch.ops.atrous_native.conv2d_winograd(input, weight, ready, bias, *geometry, tile)
 
 
 def conv2d_input(input_size: Ints, weight: Tensor, grad_output: Tensor, *geometry: Any) -> Tensor:
     """As the native ``conv2d_input``, by Winograd's algorithm."""
     tile = _tile(input_size, weight.shape[0], geometry)
-    ready = _transformed(weight, geometry[3], tile, input_gradient=True)
+    ready = _transformed(weight, geometry[3], tile, True)
     return torch.ops.atrous_native.conv2d_input_winograd(input_size, weight, ready, grad_output, *geometry, tile)
 
 
@@ -81,39 +76,6 @@ def _tile(input_size: Ints, out_channels: int, geometry: tuple[Any, ...]) -> int
     )
 
 
-class _Known(NamedTuple):
-    version: int
-    fingerprint: int
-    transformed: Tensor | None
-
-
-_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
 def _transformed(weight: Tensor, groups: int, tile: int, input_gradient: bool) -> Tensor | None:
-    """The transformed weight from the second use on; None on the first, when the kernel transforms it for itself."""
-    version = -1 if weight.is_inference() else weight._version
-    uses = _known.setdefault(weight, {})
-    key = (weight.data_ptr(), groups, tile, input_gradient)
-    known = uses.get(key)
-    if known is None or known.version != version:
-        uses.clear()  # of another version, or of memory that the tensor has left
-        uses[key] = _Known(version, 0, None)
-        return None
-    fingerprint = torch.ops.atrous_native.fingerprint(weight)
-    if known.transformed is None or known.fingerprint != fingerprint:
-        transformed = torch.ops.atrous_native.winograd_weight(weight, groups, tile, input_gradient)
-        if cached_bytes() + transformed.nbytes > CACHE_BYTES:
-            return transformed
-        known = uses[key] = _Known(version, fingerprint, transformed)
-    return known.transformed
-
-
-def cached_bytes() -> int:
-    """Bytes of transformed weights that are kept."""
-    return sum(k.transformed.nbytes for uses in _known.values() for k in uses.values() if k.transformed is not None)
-
-
-def forget() -> None:
-    """Drops every transformed weight."""
-    _known.clear()
+    transform = partial(torch.ops.atrous_native.winograd_weight, weight, groups, tile, input_gradient)
+    return prepared(weight, ("winograd", groups, tile, input_gradient), transform)

@@ -81,9 +81,19 @@ Correlation winograd_job(const WinogradShape& s, ConstTensor src, ConstTensor we
 
 }  // namespace
 
-void conv2d(const Conv2dShape& s, DType dtype, ConstTensor input, ConstTensor weight, const void* bias,
-            MutableTensor output) {
-  correlate(forward_job(s, input, weight, bias, output), dtype, is_depthwise(s));
+void conv2d(const Conv2dShape& s, DType dtype, ConstTensor input, ConstTensor weight, const void* packed,
+            const void* bias, MutableTensor output) {
+  Correlation job = forward_job(s, input, weight, bias, output);
+  job.packed = packed;
+  correlate(job, dtype, is_depthwise(s));
+}
+
+int64_t packed_conv2d_weight_bytes(const Conv2dShape& s, DType dtype) {
+  return packed_weight_bytes(forward_job(s, {}, {}, nullptr, {}), dtype);
+}
+
+void pack_conv2d_weight(const Conv2dShape& s, DType dtype, ConstTensor weight, void* packed) {
+  pack_dense_weight(forward_job(s, {}, weight, nullptr, {}), dtype, packed);
 }
 
 void conv2d_input(const Conv2dShape& s, DType dtype, ConstTensor weight, ConstTensor grad_output,

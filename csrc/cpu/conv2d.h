@@ -40,9 +40,13 @@ inline bool is_depthwise(const Conv2dShape& s) {
   return s.groups > 1 && s.groups == s.in_channels && s.groups == s.out_channels;
 }
 
-// bias: out_channels contiguous values of the same dtype, or null.
-void conv2d(const Conv2dShape& shape, DType dtype, ConstTensor input, ConstTensor weight, const void* bias,
-            MutableTensor output);
+// bias: out_channels contiguous values of the same dtype, or null. packed: by pack_conv2d_weight, or null; not for
+// depthwise convolution, whose weights are small.
+void conv2d(const Conv2dShape& shape, DType dtype, ConstTensor input, ConstTensor weight, const void* packed,
+            const void* bias, MutableTensor output);
+int64_t packed_conv2d_weight_bytes(const Conv2dShape& shape, DType dtype);
+void pack_conv2d_weight(const Conv2dShape& shape, DType dtype, ConstTensor weight, void* packed);
+
 void conv2d_input(const Conv2dShape& shape, DType dtype, ConstTensor weight, ConstTensor grad_output,
                   MutableTensor grad_input);
 void conv2d_weight(const Conv2dShape& shape, DType dtype, ConstTensor input, ConstTensor grad_output,

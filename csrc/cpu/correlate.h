@@ -16,6 +16,7 @@ struct Correlation {
   const void* weight;  // at the first tap
   int64_t weight_group, weight_dst, weight_src, weight_tap_h, weight_tap_w;
   const void* bias;
+  const void* packed;  // the weights by pack_dense_weight, or null
 
   int64_t taps() const { return h.taps * w.taps; }
   double flops() const {
@@ -25,6 +26,11 @@ struct Correlation {
 };
 
 void dense_correlate(const Correlation& job, DType dtype);
+
+// The weights of all groups in the order of the kernels, for calls that share them. Looks at nothing else of the job.
+int64_t packed_weight_bytes(const Correlation& job, DType dtype);
+void pack_dense_weight(const Correlation& job, DType dtype, void* packed);
+
 void depthwise_correlate(const Correlation& job, DType dtype);
 
 void dense_weight_gradient(const Conv2dShape& shape, DType dtype, ConstTensor input, ConstTensor grad_output,

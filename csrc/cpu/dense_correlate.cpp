@@ -90,7 +90,7 @@ template <class S, class A> class DenseCorrelation {
     const int64_t taps = job_.taps();
     int64_t padded = 0;
     for (const Panel& panel : layout_.panels) padded += panel.width;
-    Scratch packed(static_cast<size_t>(layout_.elements) * sizeof(A));
+    Scratch packed(job_.packed == nullptr ? static_cast<size_t>(layout_.elements) * sizeof(A) : 0);
     Scratch bias(static_cast<size_t>(padded) * sizeof(Acc));
     const int64_t chunk_channels = layout_.chunks.front().padded;
     const std::vector<Slab> slabs = make_slabs(job_, staged_, chunk_channels * static_cast<int64_t>(sizeof(A)));
@@ -106,7 +106,8 @@ template <class S, class A> class DenseCorrelation {
     for (int64_t group = 0; group < job_.groups; ++group) {
       group_ = group;
       const S* weight = static_cast<const S*>(job_.weight) + group * job_.weight_group;
-      if (taps > 0) pack_weight<S, A>(job_, layout_, weight, packed_, threads_);
+      if (job_.packed != nullptr) packed_ = static_cast<const A*>(job_.packed) + group * layout_.elements;
+      else if (taps > 0) pack_weight<S, A>(job_, layout_, weight, packed.as<A>(), threads_);
       std::fill_n(bias_, padded, Acc{0});
       if (job_.bias != nullptr)
         for (int64_t i = 0; i < job_.dst_channels; ++i)
@@ -302,7 +303,8 @@ template <class S, class A> class DenseCorrelation {
   const WeightLayout layout_;
   bool staged_, direct_, fused_;
   int64_t threads_, group_ = 0, sums_elements_ = 0;
-  A *packed_ = nullptr, *stage_ = nullptr;
+  const A* packed_ = nullptr;
+  A* stage_ = nullptr;
   Acc* bias_ = nullptr;
   Slab slab_{};
   const char* src_ = nullptr;  // the source, or its staged chunk, whose first image and row are src_image_ and src_row_
@@ -310,13 +312,35 @@ template <class S, class A> class DenseCorrelation {
   int64_t src_image_ = 0, src_row_ = 0;
 };
 
+// call.operator()<S, A>() for the type that is stored and the type that is multiplied.
+template <class Call> auto with_types(DType dtype, const Call& call) {
+  if (dtype == DType::float32) return call.template operator()<float, float>();
+  if (dtype == DType::float64) return call.template operator()<double, double>();
+  if (kernels().matmul_bf16.lanes > 0) return call.template operator()<bf16, bf16>();
+  return call.template operator()<bf16, float>();
+}
+
 }  // namespace
 
 void dense_correlate(const Correlation& job, DType dtype) {
-  if (dtype == DType::float32) return DenseCorrelation<float, float>(job).run();
-  if (dtype == DType::float64) return DenseCorrelation<double, double>(job).run();
-  if (kernels().matmul_bf16.lanes > 0) return DenseCorrelation<bf16, bf16>(job).run();
-  DenseCorrelation<bf16, float>(job).run();
+  with_types(dtype, [&]<class S, class A>() { DenseCorrelation<S, A>(job).run(); });
+}
+
+int64_t packed_weight_bytes(const Correlation& job, DType dtype) {
+  return with_types(dtype, [&]<class S, class A>() {
+    const int64_t elements = WeightLayout::make<A>(job.dst_channels, job.src_channels, job.taps()).elements;
+    return job.groups * elements * static_cast<int64_t>(sizeof(A));
+  });
+}
+
+void pack_dense_weight(const Correlation& job, DType dtype, void* packed) {
+  with_types(dtype, [&]<class S, class A>() {
+    const WeightLayout layout = WeightLayout::make<A>(job.dst_channels, job.src_channels, job.taps());
+    const int64_t threads = threads_for(static_cast<double>(job.groups * layout.elements));
+    for (int64_t group = 0; group < job.groups; ++group)
+      pack_weight<S, A>(job, layout, static_cast<const S*>(job.weight) + group * job.weight_group,
+                        static_cast<A*>(packed) + group * layout.elements, threads);
+  });
 }
 
 }  // namespace atrous::cpu

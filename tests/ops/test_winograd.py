@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import gc
 import os
 import subprocess
 import sys
@@ -18,7 +16,6 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 import atrous_kernels as ak
 from atrous_kernels import native
-from atrous_kernels.ops import winograd
 from atrous_kernels.problem import ConvProblem, winograd_tile
 
 pytestmark = pytest.mark.skipif(native.cpu_missing() is not None, reason=str(native.cpu_missing()))
@@ -180,78 +177,6 @@ ONES = ([1, 1], [1, 1], [1, 1], 1)
 def test_mistakes_are_named(call, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         call(torch.ops.atrous_native, torch.randn(2, 4, 5, 5), torch.randn(4, 4, 3, 3))
-
-
-# Cached weights -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def layer() -> ak.nn.Conv2d:
-    winograd.forget()
-    return ak.nn.Conv2d(48, 64, 3, padding=2, dilation=2, backend="winograd").eval()
-
-
-def _right(layer: torch.nn.Conv2d, x: Tensor) -> bool:
-    with torch.no_grad():
-        truth = F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), 1, 2, 2)
-        return torch.allclose(layer(x).double(), truth, rtol=1e-4, atol=1e-4)
-
-
-def test_a_weight_used_twice_is_kept_until_it_changes(layer: ak.nn.Conv2d) -> None:
-    x = torch.randn(1, 48, 20, 20)
-    assert _right(layer, x)
-    assert winograd.cached_bytes() == 0
-    assert _right(layer, x)
-    assert winograd.cached_bytes() > 0
-    for change in (
-        lambda: layer.weight.data.mul_(3),  # passes the version counter by
-        lambda: torch.nn.init.normal_(layer.weight),
-        lambda: layer.load_state_dict({k: v + 1 for k, v in layer.state_dict().items()}),
-        lambda: setattr(layer.weight, "data", torch.randn(64, 48, 3, 3)),
-        lambda: layer.weight.data.numpy().__setitem__((3, 2, 1, 0), 5.0),
-    ):
-        change()
-        assert all(_right(layer, x) for _ in range(3))
-
-
-def test_the_kept_weights_go_with_the_tensor_and_stay_out_of_copies() -> None:
-    winograd.forget()
-    layer = ak.nn.Conv2d(48, 64, 3, padding=2, dilation=2, backend="winograd").eval()
-    x = torch.randn(1, 48, 20, 20)
-    assert all(_right(layer, x) for _ in range(2))
-    twin = copy.deepcopy(layer)
-    torch.nn.init.normal_(twin.weight)
-    assert all(_right(twin, x) for _ in range(3))
-    del layer, twin
-    gc.collect()
-    assert winograd.cached_bytes() == 0
-
-
-def test_training_keeps_nothing(layer: ak.nn.Conv2d) -> None:
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    x = torch.randn(1, 48, 20, 20)
-    for _ in range(3):
-        optimizer.zero_grad()
-        layer(x).square().mean().backward()
-        optimizer.step()
-        assert winograd.cached_bytes() == 0
-
-
-def test_no_more_than_the_limit_is_kept(layer: ak.nn.Conv2d, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(winograd, "CACHE_BYTES", 1000)
-    assert all(_right(layer, torch.randn(1, 48, 20, 20)) for _ in range(3))
-    assert winograd.cached_bytes() == 0
-
-
-def test_inference_tensors_are_cached_too() -> None:
-    winograd.forget()
-    with torch.inference_mode():
-        layer = ak.nn.Conv2d(48, 64, 3, padding=2, dilation=2, backend="winograd")
-        x = torch.randn(1, 48, 20, 20)
-        assert all(_right(layer, x) for _ in range(2))
-        assert winograd.cached_bytes() > 0
-        layer.weight.mul_(2)
-        assert _right(layer, x)
 
 
 # Choice ---------------------------------------------------------------------------------------------------------------
