@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py CMakeLists.txt pyproject.toml constraints.txt $(shell find csrc -type f 2>/dev/null)
 EXTRAS := segmodels,weights,test,lint
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test test-sanitize lint bench clean
 
 install: $(VENV)/.installed
 
@@ -26,6 +26,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -q
+
+# The op tests and a fuzz on a library of their own, built with AddressSanitizer and UndefinedBehaviorSanitizer.
+test-sanitize: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.sanitized
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,9 +1,9 @@
 """Builds the compiled half of atrous_kernels with CMake; everything else about the package is in pyproject.toml.
 
 Environment: ``ATROUS_CUDA=AUTO|ON|OFF``, ``ATROUS_CUDA_ARCHS`` (default ``80;90a``), ``ATROUS_SANITIZE``
-(``address,undefined``), ``ATROUS_BUILD_TYPE`` (default ``Release``), ``CMAKE_BUILD_PARALLEL_LEVEL``. Uses neither the network
-nor a GPU. Without a compiler or CMake the package installs all the same and runs on Python, Triton and the framework's own
-operators.
+(``address,undefined``), ``ATROUS_OUTPUT`` (the folder that receives the results instead of the package),
+``ATROUS_BUILD_TYPE`` (default ``Release``), ``CMAKE_BUILD_PARALLEL_LEVEL``. Uses neither the network nor a GPU. Without a
+compiler or CMake the package installs all the same and runs on Python, Triton and the framework's own operators.
 """
 
 from __future__ import annotations
@@ -50,7 +50,11 @@ class CMakeBuild(build_ext):
     def _build(self) -> None:
         in_place = self.inplace or getattr(self, "editable_mode", False)
         package = ROOT / "atrous_kernels" if in_place else Path(self.build_lib).resolve() / "atrous_kernels"
-        folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        if os.environ.get("ATROUS_OUTPUT"):
+            package = Path(os.environ["ATROUS_OUTPUT"]).resolve()
+        sanitize = os.environ.get("ATROUS_SANITIZE", "")
+        # A sanitized build next to the ordinary one: neither recompiles the other's objects.
+        folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{'-sanitized' if sanitize else ''}"
         cache = folder / "CMakeCache.txt"
         if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
             shutil.rmtree(folder)  # the source tree was copied or moved
@@ -67,7 +71,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_BUILD_TYPE={os.environ.get('ATROUS_BUILD_TYPE', 'Release')}",
             f"-DATROUS_CUDA={os.environ.get('ATROUS_CUDA', 'AUTO')}",
             f"-DATROUS_CUDA_ARCHS={os.environ.get('ATROUS_CUDA_ARCHS', '80;90a')}",
-            f"-DATROUS_SANITIZE={os.environ.get('ATROUS_SANITIZE', '')}",
+            f"-DATROUS_SANITIZE={sanitize}",
         ]  # fmt: skip
         ninja = shutil.which("ninja")
         if ninja:

@@ -1,0 +1,246 @@
+"""Random problems with exact answers: ``python -m tests.fuzz --op conv2d --problems 10000 --seed 0``.
+
+Inputs are small integers, so every product and every sum of a convolution is exact in the accumulator whatever its order,
+and the result is that sum rounded once: any difference from the float64 reference is a bug. Results and scratch start as NaN.
+A mismatch prints the command that repeats it alone. Another op is one more entry in ``OPS``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+# Read once, by the thread pool and by the compiled library. Problems are small: spinning threads would only wait.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("ATROUS_POISON", "1")
+
+import torch
+from torch import Tensor
+
+from atrous_kernels import native
+from atrous_kernels.ops import conv2d as conv2d_ops
+from atrous_kernels.problem import out_extent
+from atrous_kernels.reference import conv2d as conv2d_reference
+
+Problem = dict[str, Any]
+Results = Iterator[tuple[str, Tensor, Tensor]]
+
+
+class Op(NamedTuple):
+    """How to fuzz one op: ``draw`` gives a legal problem as plain values, ``run`` triples (name, ours, truth).
+
+    The truth is float64 and is rounded to the type of ours before the two are compared bit by bit.
+    """
+
+    draw: Callable[[Random], Problem]
+    run: Callable[[Problem], Results]
+
+
+# What any op may draw ---------------------------------------------------------------------------------------------------
+
+DTYPES = {"float32": 4, "bfloat16": 3, "float64": 1, "float16": 1}
+LAYOUTS = {"contiguous": 3, "channels_last": 3, "sliced": 1, "turned": 1, "expanded": 1}
+
+
+def pick(rng: Random, weights: dict[Any, int]) -> Any:
+    """A key, as often as its weight says."""
+    return rng.choices(list(weights), list(weights.values()))[0]
+
+
+def skewed(rng: Random, low: int, high: int) -> int:
+    """Small values often, large ones sometimes."""
+    return rng.randint(low, rng.randint(low, high))
+
+
+def integers(seed: int, sizes: list[int], dtype: str, layout: str, largest: int = 3) -> Tensor:
+    """Integers in [-largest, largest] laid out as asked; elements around a view are NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(-largest, largest + 1, sizes, generator=generator).to(getattr(torch, dtype))
+    if layout == "channels_last":
+        return values.contiguous(memory_format=torch.channels_last)
+    if layout == "sliced":
+        wide = values.new_full([size + 2 for size in sizes[:-1]] + [2 * sizes[-1] + 1], torch.nan)
+        view = wide[(*(slice(1, 1 + size) for size in sizes[:-1]), slice(1, 1 + 2 * sizes[-1], 2))]
+        return view.copy_(values)
+    if layout == "turned":
+        return values.permute(*reversed(range(values.dim()))).contiguous().permute(*reversed(range(values.dim())))
+    if layout == "expanded":
+        return values[..., :1].expand(sizes)
+    return values
+
+
+# conv2d -----------------------------------------------------------------------------------------------------------------
+
+
+def draw_conv2d(rng: Random) -> Problem:
+    while True:
+        kind = pick(rng, {"dense": 5, "pointwise": 2, "grouped": 1, "depthwise": 3})
+        groups = {"grouped": rng.randint(2, 5), "depthwise": skewed(rng, 1, 70)}.get(kind, 1)
+        wide = 1 if kind == "depthwise" else 20 if kind == "grouped" else 140
+        multiplier = pick(rng, {1: 4, 2: 1, 3: 1})
+        problem = dict(
+            batch=pick(rng, {0: 1, 1: 10, 2: 10, 3: 4, 5: 1}),
+            c_in=groups * skewed(rng, 1, wide),
+            c_out=groups * (multiplier if kind == "depthwise" else skewed(rng, 1, wide)),
+            size=[skewed(rng, 1, 40), skewed(rng, 1, 40)],
+            kernel=[1, 1] if kind == "pointwise" else pick(rng, {(3, 3): 6, (5, 5): 2, (7, 7): 1, (2, 4): 1, (1, 5): 1}),
+            stride=pick(rng, {(1, 1): 6, (2, 2): 3, (1, 3): 1, (4, 2): 1}),
+            dilation=pick(rng, {(1, 1): 4, (2, 2): 4}) if rng.random() < 0.5 else [skewed(rng, 1, 24), skewed(rng, 1, 24)],
+            padding=[skewed(rng, 0, 24), skewed(rng, 0, 24)],
+            groups=groups,
+            bias=rng.random() < 0.5,
+            dtype=pick(rng, DTYPES),
+            layouts=[pick(rng, LAYOUTS) for _ in range(3)],
+            threads=rng.randint(1, 3),
+            native=rng.random() < 0.5,  # the compiled op itself, or the Python op above it, which copies odd strides
+            seed=rng.getrandbits(31),
+        )
+        if rng.random() < 0.4:  # as networks do: the output has the size of the input
+            problem["padding"] = [d * (k // 2) for d, k in zip(problem["dilation"], problem["kernel"], strict=True)]
+        spread = [d * (k - 1) + 1 for d, k in zip(problem["dilation"], problem["kernel"], strict=True)]
+        fits = zip(problem["padding"], spread, problem["size"], strict=True)
+        problem["padding"] = [max(p, (need - size + 1) // 2) for p, need, size in fits]
+        products = problem["batch"] * problem["c_out"] * problem["c_in"] // groups
+        for kernel, extent in zip(problem["kernel"], _conv_out(problem), strict=True):
+            products *= kernel * extent
+        if products < (2e7 if rng.random() < 0.02 else 1.5e6):
+            return problem
+
+
+def _conv_out(p: Problem) -> list[int]:
+    return [out_extent(*a) for a in zip(p["size"], p["kernel"], p["stride"], p["padding"], p["dilation"], strict=True)]
+
+
+def run_conv2d(p: Problem) -> Results:
+    x = integers(p["seed"], [p["batch"], p["c_in"], *p["size"]], p["dtype"], p["layouts"][0])
+    w = integers(p["seed"] + 1, [p["c_out"], p["c_in"] // p["groups"], *p["kernel"]], p["dtype"], p["layouts"][1])
+    g = integers(p["seed"] + 2, [p["batch"], p["c_out"], *_conv_out(p)], p["dtype"], p["layouts"][2])
+    b = integers(p["seed"] + 3, [p["c_out"]], p["dtype"], "contiguous") if p["bias"] else None
+    geometry = (p["stride"], p["padding"], p["dilation"], p["groups"])
+    ops, backend = (torch.ops.atrous_native, ()) if p["native"] else (conv2d_ops, ("cpu",))
+    true_x, true_w, true_g = x.double(), w.double(), g.double()
+    yield (
+        "conv2d",
+        ops.conv2d(x, w, b, *geometry, *backend),
+        conv2d_reference.conv2d(true_x, true_w, None if b is None else b.double(), *geometry),
+    )
+    yield (
+        "conv2d_input",
+        ops.conv2d_input(x.shape, w, g, *geometry, *backend),
+        conv2d_reference.conv2d_input(x.shape, true_w, true_g, *geometry),
+    )
+    yield (
+        "conv2d_weight",
+        ops.conv2d_weight(x, w.shape, g, *geometry, *backend),
+        conv2d_reference.conv2d_weight(true_x, w.shape, true_g, *geometry),
+    )
+
+
+OPS = {
+    "conv2d": Op(draw_conv2d, run_conv2d),
+}
+
+
+# Running ----------------------------------------------------------------------------------------------------------------
+
+
+def difference(ours: Tensor, truth: Tensor) -> str | None:
+    """None where the two agree bit by bit, else where and by how much they do not."""
+    if ours.shape != truth.shape:
+        return f"has sizes {list(ours.shape)}, expected {list(truth.shape)}"
+    truth = truth.to(ours.dtype)
+    wrong = ours != truth
+    if not wrong.any():
+        return None
+    at = wrong.nonzero()[0].tolist()
+    return f"differs in {int(wrong.sum())} of {wrong.numel()} elements, first at {at}: {ours[tuple(at)]} instead of {truth[tuple(at)]}"
+
+
+def problem_at(op: str, seed: int, index: int) -> Problem:
+    """Problem number ``index`` of a run, without drawing those before it."""
+    return OPS[op].draw(Random(f"{op} {seed} {index}"))
+
+
+def fuzz(op: str, problems: int, seed: int, first: int = 0) -> list[str]:
+    """Runs problems ``first`` to ``first + problems``; per mismatch a line with the command that repeats it."""
+    lines = []
+    threads = torch.get_num_threads()
+    poisoned = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        for index in range(first, first + problems):
+            problem = problem_at(op, seed, index)
+            torch.set_num_threads(problem["threads"])
+            repeat = f"python -m tests.fuzz --op {op} --seed {seed} --first {index} --problems 1  # {problem}"
+            try:
+                for name, ours, truth in OPS[op].run(problem):
+                    wrong = difference(ours, truth)
+                    if wrong:
+                        lines.append(f"{name} {wrong}: {repeat}")
+            except RuntimeError as error:
+                lines.append(f"{op} raised {error}: {repeat}")
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(poisoned[0])
+        torch.utils.deterministic.fill_uninitialized_memory = poisoned[1]
+    return lines
+
+
+def _outcome(op: str, problems: int, seed: int, mismatches: int, seconds: float) -> dict[str, Any]:
+    introspect = native.introspect()
+    head = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    return {
+        "op": op,
+        "isa": introspect.selected_isa() if introspect else "unknown",
+        "problems": problems,
+        "mismatches": mismatches,
+        "seed": seed,
+        "seconds": round(seconds, 1),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": subprocess.run(head, capture_output=True, text=True).stdout.strip() or None,
+    }
+
+
+def _record(path: Path, outcome: dict[str, Any]) -> None:
+    """Adds an outcome to the file, in place of an earlier one of the same op and instruction set."""
+    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    runs = [run for run in runs if (run["op"], run["isa"]) != (outcome["op"], outcome["isa"])]
+    path.write_text(json.dumps({"runs": sorted([*runs, outcome], key=lambda run: (run["op"], run["isa"]))}, indent=1) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--op", choices=[*OPS, "all"], default="all")
+    parser.add_argument("--problems", type=int, default=1000, help="per op")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="index of the first problem")
+    parser.add_argument("--json", type=Path, help="file to which the outcome is added")
+    args = parser.parse_args(arguments)
+    if native.cpu_missing():
+        print(f"nothing to fuzz: {native.cpu_missing()}", file=sys.stderr)
+        return 2
+    failed = False
+    for op in OPS if args.op == "all" else [args.op]:
+        start = time.perf_counter()
+        lines = fuzz(op, args.problems, args.seed, args.first)
+        seconds = time.perf_counter() - start
+        print(*lines, f"{op}: {args.problems} problems, {len(lines)} mismatches, {seconds:.0f} s", sep="\n", flush=True)
+        failed |= bool(lines)
+        if args.json:
+            _record(args.json, _outcome(op, args.problems, args.seed, len(lines), seconds))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
