@@ -161,8 +161,9 @@ def difference(ours: Tensor, truth: Tensor) -> str | None:
     wrong = ours != truth
     if not wrong.any():
         return None
-    at = wrong.nonzero()[0].tolist()
-    return f"differs in {int(wrong.sum())} of {wrong.numel()} elements, first at {at}: {ours[tuple(at)]} instead of {truth[tuple(at)]}"
+    at = tuple(wrong.nonzero()[0].tolist())
+    where = f"{int(wrong.sum())} of {wrong.numel()} elements, first at {list(at)}"
+    return f"differs in {where}: {ours[at]} instead of {truth[at]}"
 
 
 def problem_at(op: str, seed: int, index: int) -> Problem:
