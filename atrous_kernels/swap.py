@@ -1,0 +1,138 @@
+"""``swap(model)`` puts our kernels under an existing model, in place; ``unswap(model)`` takes them out again.
+
+A swapped module stays the same object and keeps its parameters, buffers, hooks and name: only its class changes, as the
+framework's own parametrizations do it. So optimizers, state_dicts, shared modules and references held elsewhere go on as before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from atrous_kernels.nn import Conv2d
+
+# The class a swapped module had before; its presence says that swap() was here, not the model's author.
+_ORIGINAL = "_atrous_original"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One module that was looked at. ``left`` is None where it now runs on our kernels, else the reason why it does not."""
+
+    path: str
+    what: str
+    left: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`swap` did with every module that it could have meant. ``str()`` gives a table."""
+
+    lines: tuple[Line, ...]
+
+    @property
+    def swapped(self) -> tuple[Line, ...]:
+        return tuple(line for line in self.lines if line.left is None)
+
+    @property
+    def left(self) -> tuple[Line, ...]:
+        return tuple(line for line in self.lines if line.left is not None)
+
+    def __str__(self) -> str:
+        width = max((len(line.path) for line in self.lines), default=0)
+        text = [f"swapped {len(self.swapped)}, left {len(self.left)}"]
+        text += [
+            f"  {'->' if line.left is None else '  '} {line.path:<{width}}  {line.what}{f': {line.left}' if line.left else ''}"
+            for line in self.lines
+        ]
+        return "\n".join(text)
+
+
+def swap(model: nn.Module) -> Report:
+    """Runs the layers of ``model`` on our kernels from now on, in place.
+
+    Swapped are modules whose type is exactly :class:`torch.nn.Conv2d`. Parameters, buffers, state_dict, hooks (weight and
+    spectral norm by hooks, pruning), training mode, device and dtype stay as they are. Subclasses, parametrized and quantised
+    modules and those whose ``forward`` was replaced are left, each with its reason. Swapping twice changes nothing more.
+
+    Outputs and gradients agree with those of before to the rounding of sums taken in another order: a few units in the last
+    place of the largest partial sum, in fp32 about 1e-6 of a layer's output.
+
+    Returns:
+        The :class:`Report`: every convolution with its path, swapped or why not. A module that occurs twice is listed by
+        its first path.
+
+    Raises:
+        TypeError: ``model`` is no :class:`torch.nn.Module`, or was made by ``torch.jit`` (its code is fixed: swap before).
+    """
+    _check(model)
+    lines = []
+    for path, module in model.named_modules():
+        if not _is_convolution(module):
+            continue
+        reason = _why_left(module)
+        if reason is None:
+            _turn(module, Conv2d, backend="auto")
+        lines.append(Line(path or "(the model itself)", _name(type(module)), reason))
+    return Report(tuple(lines))
+
+
+def unswap(model: nn.Module) -> None:
+    """Undoes :func:`swap`: every module has its original class and attributes again. Modules created as ours stay ours.
+
+    Raises:
+        TypeError: as :func:`swap`; RuntimeError: a swapped module was parametrized since. Nothing is undone then.
+    """
+    _check(model)
+    swapped = [(path, module) for path, module in model.named_modules() if _ORIGINAL in module.__dict__]
+    for path, module in swapped:
+        if parametrize.is_parametrized(module):
+            raise RuntimeError(f"{path}: parametrized after swap(): remove its parametrizations first")
+    for _, module in swapped:
+        module.__class__ = module.__dict__.pop(_ORIGINAL)
+        module.__dict__.pop("backend")
+
+
+def _check(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, but got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("expected a model in Python, but got a torch.jit.ScriptModule: swap before scripting")
+
+
+def _turn(module: nn.Module, into: type[nn.Module], **attributes: object) -> None:
+    module.__dict__[_ORIGINAL] = type(module)
+    module.__dict__.update(attributes)
+    module.__class__ = into
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) or (_is_quantised(type(module)) and "Conv" in type(module).__name__)
+
+
+def _is_quantised(kind: type) -> bool:
+    return kind.__module__.startswith("torch.ao.nn.") and not {"quantized", "qat"}.isdisjoint(kind.__module__.split("."))
+
+
+def _why_left(module: nn.Module) -> str | None:
+    kind = type(module)
+    if issubclass(kind, Conv2d):
+        return "already ours"
+    if parametrize.is_parametrized(module):
+        return f"parametrized ({', '.join(module.parametrizations)}): remove the parametrizations first"  # type: ignore[arg-type]
+    if _is_quantised(kind):
+        return "quantised"
+    if kind is nn.LazyConv2d:
+        return "its sizes are not known yet: run the model once first"
+    if kind is not nn.Conv2d:
+        return "a subclass of torch.nn.Conv2d, which may compute something else"
+    replaced = {"forward", "_conv_forward"} & module.__dict__.keys()
+    return f"its {min(replaced)} was replaced" if replaced else None
+
+
+def _name(kind: type) -> str:
+    known = kind.__module__.startswith(("torch.nn.", "atrous_kernels."))
+    return kind.__name__ if known else f"{kind.__module__}.{kind.__qualname__}"
