@@ -1,7 +1,8 @@
 """Random problems with exact answers: ``python -m tests.fuzz --op conv2d --problems 10000 --seed 0``.
 
 Inputs are small integers, so every product and every sum of a convolution is exact in the accumulator whatever its order,
-and the result is that sum rounded once: any difference from the float64 reference is a bug. Results and scratch start as NaN.
+and the result is that sum rounded once: any difference from the float64 reference is a bug. Ops that divide or take
+exponentials get a tolerance, with its reason. Results and scratch start as NaN.
 A mismatch prints the command that repeats it alone. Another op is one more entry in ``OPS``.
 """
 
@@ -32,13 +33,13 @@ from atrous_kernels.problem import out_extent
 from atrous_kernels.reference import conv2d as conv2d_reference
 
 Problem = dict[str, Any]
-Results = Iterator[tuple[str, Tensor, Tensor]]
+Results = Iterator[tuple[str, Tensor, Tensor, float]]
 
 
 class Op(NamedTuple):
-    """How to fuzz one op: ``draw`` gives a legal problem as plain values, ``run`` triples (name, ours, truth).
+    """How to fuzz one op: ``draw`` gives a legal problem as plain values, ``run`` its results (name, ours, truth, tolerance).
 
-    The truth is float64 and is rounded to the type of ours before the two are compared bit by bit.
+    The truth is float64 and is rounded to the type of ours before the two are compared; 0 asks for the same bits.
     """
 
     draw: Callable[[Random], Problem]
@@ -120,11 +121,18 @@ def _conv_out(p: Problem) -> list[int]:
     return [out_extent(*a) for a in zip(p["size"], p["kernel"], p["stride"], p["padding"], p["dilation"], strict=True)]
 
 
+def _conv_operands(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Input, weight, output gradient and bias."""
+    return (
+        integers(p["seed"], [p["batch"], p["c_in"], *p["size"]], p["dtype"], p["layouts"][0]),
+        integers(p["seed"] + 1, [p["c_out"], p["c_in"] // p["groups"], *p["kernel"]], p["dtype"], p["layouts"][1]),
+        integers(p["seed"] + 2, [p["batch"], p["c_out"], *_conv_out(p)], p["dtype"], p["layouts"][2]),
+        integers(p["seed"] + 3, [p["c_out"]], p["dtype"], "contiguous") if p["bias"] else None,
+    )
+
+
 def run_conv2d(p: Problem) -> Results:
-    x = integers(p["seed"], [p["batch"], p["c_in"], *p["size"]], p["dtype"], p["layouts"][0])
-    w = integers(p["seed"] + 1, [p["c_out"], p["c_in"] // p["groups"], *p["kernel"]], p["dtype"], p["layouts"][1])
-    g = integers(p["seed"] + 2, [p["batch"], p["c_out"], *_conv_out(p)], p["dtype"], p["layouts"][2])
-    b = integers(p["seed"] + 3, [p["c_out"]], p["dtype"], "contiguous") if p["bias"] else None
+    x, w, g, b = _conv_operands(p)
     geometry = (p["stride"], p["padding"], p["dilation"], p["groups"])
     ops, backend = (torch.ops.atrous_native, ()) if p["native"] else (conv2d_ops, ("cpu",))
     true_x, true_w, true_g = x.double(), w.double(), g.double()
@@ -132,33 +140,63 @@ def run_conv2d(p: Problem) -> Results:
         "conv2d",
         ops.conv2d(x, w, b, *geometry, *backend),
         conv2d_reference.conv2d(true_x, true_w, None if b is None else b.double(), *geometry),
+        0.0,
     )
     yield (
         "conv2d_input",
         ops.conv2d_input(x.shape, w, g, *geometry, *backend),
         conv2d_reference.conv2d_input(x.shape, true_w, true_g, *geometry),
+        0.0,
     )
     yield (
         "conv2d_weight",
         ops.conv2d_weight(x, w.shape, g, *geometry, *backend),
         conv2d_reference.conv2d_weight(true_x, w.shape, true_g, *geometry),
+        0.0,
     )
+
+
+# Winograd's algorithm ---------------------------------------------------------------------------------------------------
+
+
+def draw_winograd(rng: Random) -> Problem:
+    while True:
+        problem = draw_conv2d(rng)
+        if problem["kernel"] == (3, 3) and problem["stride"] == (1, 1):
+            return problem | dict(dtype="float32", tile=rng.choice([2, 3, 4]))
+
+
+def run_winograd(p: Problem) -> Results:
+    x, w, g, b = _conv_operands(p)
+    geometry = (p["stride"], p["padding"], p["dilation"], p["groups"])
+    ops = torch.ops.atrous_native
+    results = (
+        ops.conv2d_winograd(x, w, None, b, *geometry, p["tile"]),
+        ops.conv2d_input_winograd(x.shape, w, None, g, *geometry, p["tile"]),
+        ops.conv2d_weight_winograd(x, w.shape, g, *geometry, p["tile"]),
+    )
+    # The transforms divide by 2 to 24, so sums round. Against sums of products of 9 at most, some ten units in the last place
+    # (2**-24 each) times the norm of the transforms, which is below 20. One product too few or too many is at least 1.
+    products = (9 * x.shape[1], 9 * w.shape[0], g.numel() // max(g.shape[1], 1))
+    for (name, _, truth, _), ours, terms in zip(run_conv2d(p), results, products, strict=True):
+        yield f"{name}_winograd", ours, truth, 1e-5 * 9 * max(terms, 1)
 
 
 OPS = {
     "conv2d": Op(draw_conv2d, run_conv2d),
+    "conv2d_winograd": Op(draw_winograd, run_winograd),
 }
 
 
 # Running ----------------------------------------------------------------------------------------------------------------
 
 
-def difference(ours: Tensor, truth: Tensor) -> str | None:
-    """None where the two agree bit by bit, else where and by how much they do not."""
+def difference(ours: Tensor, truth: Tensor, tolerance: float) -> str | None:
+    """None where the two agree, else where and by how much they do not."""
     if ours.shape != truth.shape:
         return f"has sizes {list(ours.shape)}, expected {list(truth.shape)}"
     truth = truth.to(ours.dtype)
-    wrong = ours != truth
+    wrong = ~((ours - truth).abs() <= tolerance) if tolerance else ours != truth  # NaN agrees with nothing
     if not wrong.any():
         return None
     at = tuple(wrong.nonzero()[0].tolist())
@@ -184,8 +222,8 @@ def fuzz(op: str, problems: int, seed: int, first: int = 0) -> list[str]:
             torch.set_num_threads(problem["threads"])
             repeat = f"python -m tests.fuzz --op {op} --seed {seed} --first {index} --problems 1  # {problem}"
             try:
-                for name, ours, truth in OPS[op].run(problem):
-                    wrong = difference(ours, truth)
+                for name, ours, truth, tolerance in OPS[op].run(problem):
+                    wrong = difference(ours, truth, tolerance)
                     if wrong:
                         lines.append(f"{name} {wrong}: {repeat}")
             except RuntimeError as error:

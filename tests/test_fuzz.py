@@ -26,10 +26,10 @@ def test_a_wrong_element_is_reported_with_the_command_that_repeats_it(monkeypatc
     ones = torch.ones(2, 3)
 
     def run(problem: fuzz.Problem) -> fuzz.Results:
-        yield "toy", torch.ones(2, 3), ones.double()
+        yield "toy", torch.ones(2, 3), ones.double(), 0.0
         wrong = ones.clone()
         wrong[1, 2] = float("nan") if problem["threads"] == 1 else 2.0
-        yield "toy", wrong, ones.double()
+        yield "toy", wrong, ones.double(), problem["threads"] / 4
 
     monkeypatch.setitem(fuzz.OPS, "toy", fuzz.Op(lambda rng: {"threads": rng.randint(1, 2)}, run))
     lines = fuzz.fuzz("toy", problems=20, seed=3, first=5)
