@@ -11,6 +11,7 @@ from torch import Tensor
 
 from atrous_kernels import dispatch
 from atrous_kernels.ops import conv2d as _conv2d_op
+from atrous_kernels.ops import pyramid_pool as _pyramid_pool_op
 from atrous_kernels.problem import ConvProblem
 
 Size = int | Sequence[int]
@@ -68,11 +69,74 @@ def conv2d(
     return out.squeeze(0) if unbatched else out
 
 
+def pyramid_pool(
+    input: Tensor, bins: Sequence[Size] = (1, 2, 3, 6), *, mode: str = "avg", backend: str = "auto"
+) -> list[Tensor]:
+    """Adaptive pooling of one map to several grids, reading it once.
+
+    Args:
+        input: ``[N, C, H, W]``, floating point, any strides; ``N`` may be 0.
+        bins: per level the rows and columns of its grid: an int for both, or a pair. Any number of levels; grids need not
+            divide the map (bins then overlap) and may be finer than it.
+        mode: ``"avg"`` or ``"max"`` (on a tie the gradient goes to the first pixel in reading order).
+        backend: ``"auto"``, ``"cpu"``, ``"torch"`` (the framework's own, level by level) or ``"reference"``.
+
+    Returns:
+        Per level ``[N, C, rows, columns]``, equal to :func:`torch.nn.functional.adaptive_avg_pool2d` or
+        ``adaptive_max_pool2d`` to that grid. The levels are views of one buffer, channels last.
+
+    Raises:
+        TypeError, ValueError: an argument outside these, or an unknown ``backend``.
+        RuntimeError: a ``backend`` asked for by name cannot run this problem; the message says why.
+
+    Differentiable twice. Source: Zhao et al., "Pyramid Scene Parsing Network", 2017, section 3.2.
+    """
+    levels = _check_pyramid(input, bins, mode)
+    flat = [size for level in levels for size in level]
+    packed, _ = _pyramid_pool_op.pyramid_pool(input, flat, mode == "max", backend)
+    out, begin = [], 0
+    for rows, columns in levels:
+        cells = packed[:, begin : begin + rows * columns]
+        out.append(cells.unflatten(1, (rows, columns)).permute(0, 3, 1, 2))
+        begin += rows * columns
+    return out
+
+
+def _check_pyramid(input: Tensor, bins: Sequence[Size], mode: str) -> list[tuple[int, int]]:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"pyramid_pool(): argument 'input' must be Tensor, not {type(input).__name__}")
+    if input.dim() != 4 or not input.is_floating_point():
+        raise ValueError(f"input of shape {list(input.shape)}, {input.dtype}: expected floating-point [N, C, H, W]")
+    if 0 in input.shape[1:]:
+        raise ValueError(f"input of shape {list(input.shape)}: expected at least one channel and one pixel")
+    if not isinstance(bins, (tuple, list)) or not bins:
+        raise ValueError(f"bins={bins!r}: expected one grid per level, for example (1, 2, 3, 6)")
+    levels = [_grid(bins, level) for level in bins]
+    if mode not in ("avg", "max"):
+        raise ValueError(f"mode={mode!r}: expected 'avg' or 'max'")
+    return levels
+
+
+def _grid(bins: Sequence[Size], level: Size) -> tuple[int, int]:
+    pair = (level, level) if isinstance(level, int) else tuple(level) if isinstance(level, (tuple, list)) else ()
+    if len(pair) != 2 or not all(type(size) is int and size >= 1 for size in pair):
+        raise ValueError(f"bins={bins!r}: {level!r} is not a positive integer or a pair of them")
+    return pair[0], pair[1]
+
+
+def describe_pyramid(
+    input: Tensor, bins: Sequence[Size] = (1, 2, 3, 6), *, mode: str = "avg"
+) -> _pyramid_pool_op.PyramidProblem:
+    """The numbers of a call with the arguments of :func:`pyramid_pool`, checked the same way."""
+    flat = [size for level in _check_pyramid(input, bins, mode) for size in level]
+    return _pyramid_pool_op.problem_of(input.shape, flat, mode == "max", input)
+
+
 def explain(op: str, *args: Any, backend: str = "auto", **kwargs: Any) -> dispatch.Explanation:
     """Every implementation of ``op`` for a call with these arguments: chosen, or why not. Runs nothing.
 
-    ``op`` is the name of a function of this module; ``"conv2d_input"`` and ``"conv2d_weight"`` are the gradients of
-    :func:`conv2d` and take its arguments.
+    ``op`` is the name of a function of this module, or of its gradient, which takes the same arguments: ``"conv2d_input"``,
+    ``"conv2d_weight"``, ``"pyramid_pool_input"``.
 
     Raises:
         ValueError: unknown op or backend; RuntimeError: a backend asked for by name that cannot run.
@@ -207,4 +271,6 @@ _DESCRIBE: dict[str, Callable[..., dispatch.Problem]] = {
     "conv2d": describe,
     "conv2d_input": describe,
     "conv2d_weight": describe,
+    "pyramid_pool": describe_pyramid,
+    "pyramid_pool_input": describe_pyramid,
 }

@@ -39,7 +39,8 @@ def _valid_taps(
                 yield i, j, (out_rows, out_cols), (in_rows, in_cols)
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which products of ``dtype`` are summed."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
@@ -53,7 +54,7 @@ def conv2d(
     groups: int,
 ) -> Tensor:
     """[N, C, H, W] and [O, C/groups, kh, kw] -> [N, O, H', W']."""
-    dtype = _accumulator(input.dtype)
+    dtype = accumulator(input.dtype)
     batch, channels = input.shape[:2]
     out_channels, _, *kernel = weight.shape
     out_size = [out_extent(*a) for a in zip(input.shape[2:], kernel, stride, padding, dilation, strict=True)]
@@ -78,7 +79,7 @@ def conv2d_input(
     groups: int,
 ) -> Tensor:
     """Gradient with respect to the input: [N, O, H', W'] -> ``input_size``."""
-    dtype = _accumulator(grad_output.dtype)
+    dtype = accumulator(grad_output.dtype)
     batch, channels, *in_size = input_size
     out_channels, _, *kernel = weight.shape
     out_size = grad_output.shape[2:]
@@ -100,7 +101,7 @@ def conv2d_weight(
     groups: int,
 ) -> Tensor:
     """Gradient with respect to the weight: [N, C, H, W] and [N, O, H', W'] -> ``weight_size``."""
-    dtype = _accumulator(input.dtype)
+    dtype = accumulator(input.dtype)
     batch, channels, *in_size = input.shape
     out_channels, _, *kernel = weight_size
     out_size = grad_output.shape[2:]

@@ -1,0 +1,82 @@
+// torch.ops.atrous_native.pyramid_pool and pyramid_pool_input: schemas, argument checks, CPU dispatch.
+#include <torch/csrc/stable/library.h>
+
+#include <limits>
+#include <tuple>
+
+#include "cpu/pyramid_pool.h"
+#include "conv2d_arguments.h"
+
+namespace atrous {
+namespace {
+
+cpu::PyramidShape check_pyramid(const Sizes& input, const Sizes& bins) {
+  check_four("input", input);
+  for (int i = 1; i < 4; ++i)
+    if (input[i] < 1) fail("input", "expected at least 1 channel and 1x1 pixels, but got sizes ", text(input));
+  if (input[2] * input[3] > std::numeric_limits<int32_t>::max())
+    fail("input", "expected fewer than 2^31 pixels per plane, but got sizes ", text(input));
+  if (bins.empty() || bins.size() % 2 != 0) fail("bins", "expected pairs (rows, columns), but got ", text(bins));
+  for (const int64_t bin : bins)
+    if (bin < 1) fail("bins", "expected values of at least 1, but got ", text(bins));
+  return {input[0], input[1], input[2], input[3], bins.data(), static_cast<int64_t>(bins.size() / 2)};
+}
+
+// The same values in one of the two dense layouts: as it is where it has one, else copied into what its strides suggest.
+Tensor dense(const Tensor& t) {
+  return torch::stable::contiguous(t, is_channels_last(t) ? torch::headeronly::MemoryFormat::ChannelsLast
+                                                          : torch::headeronly::MemoryFormat::Contiguous);
+}
+
+Tensor empty_of(const Sizes& sizes, torch::headeronly::ScalarType type, const Tensor& like) {
+  return torch::stable::empty(sizes, type, std::nullopt, like.device());
+}
+
+std::tuple<Tensor, Tensor> pyramid_pool_cpu(const Tensor& input, std::vector<int64_t> bins, bool maximum) {
+  const cpu::PyramidShape shape = check_pyramid(sizes_of(input), bins);
+  const Tensor x = dense(input);
+  const Sizes sizes{shape.batch, shape.cells(), shape.channels};
+  Tensor output = empty_of(sizes, input.scalar_type(), input);
+  Tensor index = empty_of(maximum ? sizes : Sizes{0}, torch::headeronly::ScalarType::Long, input);
+  if (output.numel() > 0)
+    cpu::pyramid_pool(shape, dtype_of(input), read(x), is_channels_last(x), output.mutable_data_ptr(),
+                      maximum ? static_cast<int64_t*>(index.mutable_data_ptr()) : nullptr);
+  return {output, index};
+}
+
+Tensor pyramid_pool_input_cpu(const Tensor& grad, const Tensor& index, std::vector<int64_t> input_size,
+                              std::vector<int64_t> bins, bool maximum, bool channels_last) {
+  const cpu::PyramidShape shape = check_pyramid(input_size, bins);
+  const Sizes sizes{shape.batch, shape.cells(), shape.channels};
+  if (sizes_of(grad) != sizes) fail("grad", "expected sizes ", text(sizes), ", but got ", text(sizes_of(grad)));
+  if (maximum && (index.scalar_type() != torch::headeronly::ScalarType::Long || sizes_of(index) != sizes))
+    fail("index", "expected int64 of sizes ", text(sizes), ", but got ", text(sizes_of(index)));
+  const Tensor g = torch::stable::contiguous(grad), at = torch::stable::contiguous(index);
+  if (maximum) {
+    const int64_t* values = static_cast<const int64_t*>(at.const_data_ptr());
+    for (int64_t i = 0; i < at.numel(); ++i)
+      if (values[i] < 0 || values[i] >= shape.height * shape.width)
+        fail("index", "expected pixels of a plane of ", shape.height * shape.width, ", but got ", values[i]);
+  }
+  Tensor grad_input = empty(input_size, grad, channels_last);
+  if (grad_input.numel() > 0)
+    cpu::pyramid_pool_input(shape, dtype_of(grad), g.const_data_ptr(),
+                            maximum ? static_cast<const int64_t*>(at.const_data_ptr()) : nullptr, write(grad_input),
+                            is_channels_last(grad_input));
+  return grad_input;
+}
+
+}  // namespace
+}  // namespace atrous
+
+STABLE_TORCH_LIBRARY_FRAGMENT(atrous_native, m) {
+  m.def("pyramid_pool(Tensor input, int[] bins, bool maximum) -> (Tensor, Tensor)");
+  m.def(
+      "pyramid_pool_input(Tensor grad, Tensor index, int[] input_size, int[] bins, bool maximum, bool channels_last) -> "
+      "Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(atrous_native, CPU, m) {
+  m.impl("pyramid_pool", TORCH_BOX(&atrous::pyramid_pool_cpu));
+  m.impl("pyramid_pool_input", TORCH_BOX(&atrous::pyramid_pool_input_cpu));
+}
