@@ -15,17 +15,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-cpu::DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return cpu::DType::float32;
-    case ScalarType::Double: return cpu::DType::float64;
-    case ScalarType::BFloat16: return cpu::DType::bfloat16;
-    default: break;
-  }
-  fail("dtype", "expected float32, float64, bfloat16 or float16, but got scalar type ",
-       static_cast<int>(t.scalar_type()));
-}
-
 bool is_half(const Tensor& t) { return t.scalar_type() == ScalarType::Half; }
 Tensor to_type(const Tensor& t, ScalarType type) { return torch::stable::to(t, type); }
 

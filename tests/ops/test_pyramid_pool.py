@@ -84,7 +84,7 @@ def test_against_float64(name: str, mode: str, dtype: torch.dtype, layout: str, 
     _compare(*PROBLEMS[name], mode, dtype, layout, backend)
 
 
-@pytest.mark.parametrize("backend", ("cpu", "reference"))
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @settings(max_examples=60, deadline=None)
 @given(
     size=st.tuples(st.integers(0, 2), st.integers(1, 40), st.integers(1, 40), st.integers(1, 40)),
