@@ -2,12 +2,17 @@
 
     pytest benchmarks/bench_models.py --benchmark-enable --benchmark-json=benchmarks/results/models_cpu.json
 
-A training step is forward, loss on logits upsampled to the labels, backward and the optimiser's step.
+A training step is forward, loss on logits upsampled to the labels, backward and the optimiser's step. Inference cases marked
+``peers`` also run torch.compile with frozen weights, ONNX Runtime and OpenVINO (in fp32, with the same number of threads), where
+`pip install .[peers]` has put them.
 """
 
 from __future__ import annotations
 
+import copy
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +37,7 @@ class Case:
     train: bool
     classes: int = 21
     amp: bool = False
+    peers: bool = False
 
     def __str__(self) -> str:
         what = "training step" if self.train else "inference"
@@ -42,7 +48,8 @@ CASES = [
     Case("deeplabv3plus_efficientnet_lite0", 8, (360, 360), True, 11),
     Case("deeplabv3plus_efficientnet_lite0", 16, (321, 321), True),
     Case("deeplabv3plus_efficientnet_lite0", 1, (360, 480), False, 11),
-    Case("deeplabv3_resnet50", 1, (513, 513), False),
+    Case("deeplabv3_resnet50", 1, (513, 513), False, peers=True),
+    Case("deeplabv3_resnet50", 4, (257, 257), True),
 ]
 
 
@@ -75,7 +82,65 @@ def _calls(case: Case) -> dict[str, Call]:
                     return step()
 
             calls[f"{name} {layout}"] = call
+    if case.peers:
+        calls |= {name: call for name, call in _peers(model, x).items() if call is not None}
     return calls
+
+
+def _peers(model: torch.nn.Module, x: torch.Tensor) -> dict[str, Call | None]:
+    """What else a user would serve the model with; None where it is not installed."""
+    with ak.backend("torch"), torch.inference_mode():
+        frozen = torch.compile(model, options={"freezing": True})
+        frozen(x)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        return {"torch.compile frozen": _compiled(frozen, x), **_onnx_peers(model, x, path)}
+
+
+def _compiled(model: Any, x: torch.Tensor) -> Call:
+    def call() -> torch.Tensor:
+        with ak.backend("torch"), torch.inference_mode():
+            return model(x)["out"]
+
+    return call
+
+
+def _onnx_peers(model: torch.nn.Module, x: torch.Tensor, path: Path) -> dict[str, Call | None]:
+    try:
+        import onnxruntime
+        import openvino
+        import openvino.properties.hint as hint
+    except ImportError:
+        return {}
+    plain = _Plain(model).eval()
+    with torch.no_grad():
+        torch.onnx.export(plain, (x.contiguous(),), path, input_names=["image"], output_names=["out"], dynamo=True)
+    threads = torch.get_num_threads()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    # By default OpenVINO computes in bf16 where the processor can.
+    settings = {hint.inference_precision: openvino.Type.f32, openvino.properties.inference_num_threads: threads}
+    compiled = openvino.Core().compile_model(str(path), "CPU", settings | {hint.performance_mode: hint.PerformanceMode.LATENCY})
+    image = x.contiguous().numpy()
+    return {
+        "ONNX Runtime": lambda: torch.from_numpy(session.run(None, {"image": image})[0]),
+        "OpenVINO": lambda: torch.from_numpy(compiled([image])[0]),
+    }
+
+
+class _Plain(torch.nn.Module):
+    """The network as a graph of the framework's own convolutions, with one output."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model)
+        for module in self.model.modules():
+            if isinstance(module, ak.nn.Conv2d):
+                module.__class__ = torch.nn.Conv2d
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.model(image)["out"]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
