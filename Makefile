@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # The lines of the C++/CUDA build; the install is redone when one of them changes.
 SOURCES := setup.py CMakeLists.txt pyproject.toml constraints.txt $(shell find csrc -type f 2>/dev/null)
+BENCHMARKS := conv2d conv_bn_relu aspp pyramid_pool upsample_cross_entropy upsample_argmax models
 EXTRAS := segmodels,weights,test,lint
 
 .PHONY: install demo test test-sanitize lint bench clean
@@ -37,8 +38,9 @@ lint: install
 	$(BIN)/lint-imports
 
 bench: install
-	$(BIN)/python -m pytest benchmarks/bench_conv2d.py --benchmark-enable --benchmark-json=benchmarks/results/conv2d_cpu.json
-	$(BIN)/python -m pytest benchmarks/bench_models.py --benchmark-enable --benchmark-json=benchmarks/results/models_cpu.json
+	for name in $(BENCHMARKS); do \
+	  $(BIN)/python -m pytest benchmarks/bench_$$name.py --benchmark-enable --benchmark-json=benchmarks/results/$${name}_cpu.json || exit 1; \
+	done
 	$(BIN)/python -m benchmarks.report
 
 clean:

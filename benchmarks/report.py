@@ -102,20 +102,86 @@ Geometric mean of the ratio, best to best: **{geomean(ratios):.2f}** over {len(r
 """
 
 
+OPS = {
+    "conv_bn_relu": "Convolution, batch norm and activation",
+    "aspp": "ASPP",
+    "pyramid_pool": "Pyramid pooling",
+    "upsample_cross_entropy": "Upsampling and cross-entropy",
+    "upsample_argmax": "Upsampling and argmax",
+}
+
+
+def fastest(row: dict[str, Any], ours: bool) -> tuple[str, float]:
+    """Name and median of the fastest of our candidates, or of everybody else's."""
+    times = {name: t["p50_ms"] for name, t in row["candidates"].items() if name.startswith("ours") == ours}
+    name = min(times, key=times.__getitem__)
+    return name, times[name]
+
+
+def op_section(op: str, title: str) -> str:
+    """One op beside the fastest of everything it was compared with."""
+    result = load(f"{op}_cpu.json")
+    if result is None:
+        return ""
+    cells, ratios = [], []
+    for row in (benchmark["extra_info"] for benchmark in result["benchmarks"]):
+        (peer, theirs), (own, mine) = fastest(row, False), fastest(row, True)
+        ratios.append(theirs / mine)
+        candidates = row["candidates"]
+        peak = candidates[own].get("extra_peak_bytes")
+        least = min(
+            (c["extra_peak_bytes"] for n, c in candidates.items() if not n.startswith("ours") and peak is not None), default=0
+        )
+        cells.append(
+            [
+                row["case"],
+                f"{milliseconds(theirs)} ({peer.replace('_', '-')})",
+                milliseconds(mine),
+                f"**{theirs / mine:.2f}**",
+                f"{row['floor_ms'] / mine:.0%}" if "floor_ms" in row else "",
+                f"{candidates[own]['error']:.1e}" if "error" in candidates[own] else "",
+                f"{peak / 2**20:.1f} MiB of {least / 2**20:.0f}" if peak is not None else "",
+            ]
+        )
+    header = ["case", "fastest other, ms", "ours, ms", "ratio", "of the floor", "error", "extra peak memory, ours of theirs"]
+    keep = [i for i in range(len(header)) if i < 4 or any(line[i] for line in cells)]
+    rows = table([header[i] for i in keep], [[line[i] for i in keep] for line in cells])
+    return f"""## {title} on the CPU
+
+{machine_line(result)}
+
+{rows}
+
+Geometric mean of the ratio: **{geomean(ratios):.2f}** over {len(cells)} cases.
+"""
+
+
+def fuzz_section() -> str:
+    result = load("fuzz.json")
+    if result is None:
+        return ""
+    rows = [[run["op"], f"{run['problems']:,}", str(run["mismatches"]), f"`{run['commit'][:10]}`"] for run in result["runs"]]
+    header = ["op", "problems", "mismatches", "commit"]
+    return f"## Random problems against exact answers\n\n`python -m tests.fuzz`.\n\n{table(header, rows)}\n"
+
+
 def models_section(result: dict[str, Any]) -> str:
     rows: Rows = [benchmark["extra_info"] for benchmark in result["benchmarks"]]
-    names = ["torch contiguous", "torch channels_last", "ours auto contiguous", "ours auto channels_last"]
-    cells = [
-        [row["case"], *(f"{row['candidates'][name]['images_per_second']:.2f}" for name in names), f"**{ratio(row):.2f}**"]
-        for row in rows
-    ]
+    names = ["torch contiguous", "torch channels_last", "torch.compile frozen", "ONNX Runtime", "OpenVINO"]
+    names += ["ours auto contiguous", "ours auto channels_last"]
+    cells = []
+    for row in rows:
+        found = row["candidates"]
+        of_all = fastest(row, False)[1] / fastest(row, True)[1]
+        speeds = [f"{found[name]['images_per_second']:.2f}" if name in found else "" for name in names]
+        cells.append([row["case"], *speeds, f"**{ratio(row):.2f}**", f"**{of_all:.2f}**"])
     return f"""## Whole models on the CPU
 
 {machine_line(result)}
 
-Images per second, the same model and weights, eager; only the convolution differs.
+Images per second, the same model and weights, with the same number of threads, in fp32 unless the case says otherwise.
 
-{table(["case", *(name.replace("_", "-") for name in names), "ratio, best to best"], cells)}
+{table(["case", *(name.replace("_", "-") for name in names), "ratio to the framework's best", "ratio to the best of all"], cells)}
 """
 
 
@@ -188,7 +254,8 @@ def page() -> str:
         sections.append(convolution_section(convolution))
     if models:
         sections.append(models_section(models))
-    sections += [training_section(), kernels_section()]
+    sections += [op_section(op, title) for op, title in OPS.items()]
+    sections += [fuzz_section(), training_section(), kernels_section()]
     return "\n".join(section for section in sections if section)
 
 
