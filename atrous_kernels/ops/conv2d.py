@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atrous_kernels import dispatch, native
+from atrous_kernels import dispatch, native, tuned
 from atrous_kernels.dispatch import Implementation
 from atrous_kernels.ops import winograd
 from atrous_kernels.ops.prepared_weights import prepared
@@ -320,8 +320,8 @@ def _framework_backward_can_run(problem: ConvProblem) -> str | None:
     return f"the framework has no backward for {problem.dtype}" if problem.dtype.is_complex else None
 
 
-# Where the framework is faster on the CPU, by benchmarks/results/conv2d_cpu_sweep.json (written by benchmarks/sweep_conv2d.py).
-# Timed are fp32 and bf16; the reasons below are what `explain` prints.
+# Where the framework is faster on the CPU, for problems that the tuned table (atrous_kernels/tuned.py) does not know: rules drawn
+# from such measurements. The reasons below are what `explain` prints.
 
 
 def _cpu_always_loses(problem: ConvProblem) -> str | None:
@@ -409,12 +409,17 @@ for _name, _framework, _framework_can_run in (
     _cpu = _cpu_conv2d if _name == "conv2d" else _native
 
     def _cpu_loses(problem: ConvProblem, _name: str = _name) -> str | None:
-        return _cpu_always_loses(problem) or _CPU_LOSES[_name](problem)
+        known, reason = tuned.verdict(_name, problem, "cpu")
+        return reason if known else _cpu_always_loses(problem) or _CPU_LOSES[_name](problem)
+
+    def _winograd_loses(problem: ConvProblem, _name: str = _name) -> str | None:
+        known, reason = tuned.verdict(_name, problem, "winograd")
+        return reason if known else winograd.loses(problem)
 
     dispatch.register(
         _name,
         [
-            Implementation("winograd", getattr(winograd, _name), winograd.can_run, winograd.loses),
+            Implementation("winograd", getattr(winograd, _name), winograd.can_run, _winograd_loses),
             Implementation("cpu", _cpu, _cpu_can_run, _cpu_loses),
             Implementation("triton", getattr(triton, _name), triton.can_run, _gpu_unmeasured),
             Implementation("cuda", _native, _cuda_can_run, _gpu_unmeasured),
