@@ -1,7 +1,7 @@
 """``python -m benchmarks.tune``: measures the implementations of conv2d's three ops on this machine, for automatic choice.
 
 Writes ``atrous_kernels/tuned/cpu_<instruction set>.json``. The problems are every convolution of the networks below, at the sizes
-of their recipes, and some more: both layouts, fp32 and bf16, one thread and all. Medians of interleaved rounds. The forward
+of their recipes, and some more: both layouts; fp32 and bf16 on all threads, fp32 on one. Medians of interleaved rounds. The forward
 pass keeps its prepared weights, as in inference; for the gradients the weights change, as in training.
 """
 
@@ -51,7 +51,7 @@ MORE = [
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 DTYPES = (torch.float32, torch.bfloat16)
 BACKENDS = ("winograd", "cpu", "torch")
-SECONDS = 0.15  # per implementation, op and problem; three rounds at least
+SECONDS = 0.04  # per implementation, op and problem; three rounds at least
 
 Shape = tuple[tuple[int, ...], tuple[int, ...], tuple[Any, ...]]  # input, weight, geometry
 
@@ -118,7 +118,7 @@ def main() -> None:
     table: dict[str, dict[str, dict[str, float]]] = {"conv2d": {}, "conv2d_input": {}, "conv2d_weight": {}}
     for threads in sorted({1, every}, reverse=True):
         torch.set_num_threads(threads)
-        for shape, dtype, layout in product(shapes, DTYPES, LAYOUTS):
+        for shape, dtype, layout in product(shapes, DTYPES if threads > 1 else DTYPES[:1], LAYOUTS):
             x = torch.empty(1, dtype=dtype)
             name = bucket(problem_of(shape[0], shape[1], shape[2], x, layout is torch.channels_last))
             if name in table["conv2d"]:
