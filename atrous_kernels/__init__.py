@@ -2,8 +2,20 @@
 
 from atrous_kernels import nn
 from atrous_kernels.dispatch import Explanation, backend, precision
-from atrous_kernels.functional import conv2d, explain, pyramid_pool
+from atrous_kernels.functional import conv2d, explain, pyramid_pool, upsample_argmax, upsample_cross_entropy
 from atrous_kernels.swap import swap, unswap
 
 __version__ = "0.1.0"
-__all__ = ["Explanation", "backend", "conv2d", "explain", "nn", "precision", "pyramid_pool", "swap", "unswap"]
+__all__ = [
+    "Explanation",
+    "backend",
+    "conv2d",
+    "explain",
+    "nn",
+    "precision",
+    "pyramid_pool",
+    "swap",
+    "unswap",
+    "upsample_argmax",
+    "upsample_cross_entropy",
+]

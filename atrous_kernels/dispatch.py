@@ -89,9 +89,9 @@ def known_backends() -> list[str]:
     return list(dict.fromkeys(name for op in _implementations for name in backends(op)))
 
 
-def default_backend() -> str:
-    """The backend used where a call says ``"auto"``; set by :func:`backend`."""
-    return _default_backend
+def default_backend(op: str | None = None) -> str:
+    """The backend used where a call says ``"auto"``; set by :func:`backend`. An op without that backend stays automatic."""
+    return AUTO if op is not None and _default_backend not in backends(op) else _default_backend
 
 
 @contextmanager

@@ -12,7 +12,9 @@ from torch import Tensor
 from atrous_kernels import dispatch
 from atrous_kernels.ops import conv2d as _conv2d_op
 from atrous_kernels.ops import pyramid_pool as _pyramid_pool_op
-from atrous_kernels.problem import ConvProblem
+from atrous_kernels.ops import upsample_argmax as _upsample_argmax_op
+from atrous_kernels.ops import upsample_cross_entropy as _upsample_cross_entropy_op
+from atrous_kernels.problem import ConvProblem, UpsampleProblem
 
 Size = int | Sequence[int]
 
@@ -144,7 +146,7 @@ def explain(op: str, *args: Any, backend: str = "auto", **kwargs: Any) -> dispat
     if op not in _DESCRIBE:
         raise ValueError(f"unknown op {op!r}: expected one of {', '.join(_DESCRIBE)}")
     problem = _DESCRIBE[op](*args, **kwargs)
-    return dispatch.explain(op, problem, backend if backend != "auto" else dispatch.default_backend())
+    return dispatch.explain(op, problem, backend if backend != "auto" else dispatch.default_backend(op))
 
 
 def describe(
@@ -266,6 +268,133 @@ def _check_geometry(
         )
 
 
+# Losses and classes at full resolution ----------------------------------------------------------------------------------
+
+
+def upsample_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = 255,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    hard_fraction: float = 1.0,
+    align_corners: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Cross-entropy of bilinearly upsampled logits, without the upsampled logits: equals
+    ``F.cross_entropy(F.interpolate(logits.float(), target.shape[1:], mode="bilinear"), target, ...)``.
+
+    Args:
+        logits: ``[N, C, h, w]``, float32, float64, bfloat16 or float16, any strides. Differentiable once.
+        target: ``[N, H, W]``, int64, int32 or uint8: classes 0 to C - 1, or ``ignore_index``.
+        weight: ``[C]``, a non-negative factor per class, or None; not differentiable.
+        ignore_index: label of pixels that do not count.
+        reduction: ``"mean"`` (the sum of the losses over the sum of the weights of their labels; nan where no pixel counts),
+            ``"sum"`` or ``"none"``.
+        label_smoothing: 0 to 1, as in :func:`torch.nn.functional.cross_entropy`.
+        hard_fraction: above 0, to 1. Below 1, only the hardest pixels are kept: of the V pixels of the batch that count, the
+            ``ceil(hard_fraction * V)`` with the largest loss (class weight and smoothing included); among equal losses the
+            first in the order of image, row, column. "mean" divides by the weights of the kept ones, "none" gives 0 for the
+            others.
+        align_corners: as in :func:`torch.nn.functional.interpolate`.
+        backend: ``"auto"``, ``"cpu"``, ``"torch"`` (the framework's operators) or ``"reference"``.
+
+    Returns:
+        A scalar, or ``[N, H, W]`` for "none"; float64 for float64 logits, else float32.
+
+    Raises:
+        TypeError, ValueError: wrong types, sizes or options; the message names the value and what was expected.
+        RuntimeError: a label that is neither a class nor ``ignore_index``; a ``backend`` that cannot run.
+        NotImplementedError: a second derivative.
+
+    Where a gradient will be needed, it is computed at low resolution together with the loss. Sources: upsampling the logits
+    rather than shrinking the labels: DeepLabv3, section 4.1; hard pixels: Wu et al. 2016, arXiv:1605.06885.
+    """
+    _check_upsampled("upsample_cross_entropy", logits)
+    _check_target(logits, target, weight)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction={reduction!r}: expected 'mean', 'sum' or 'none'")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing={label_smoothing}: expected 0 to 1")
+    if not 0 < hard_fraction <= 1:
+        raise ValueError(f"hard_fraction={hard_fraction}: expected above 0, to 1")
+    with_gradient = logits.requires_grad and torch.is_grad_enabled()
+    options = (ignore_index, reduction, float(label_smoothing), float(hard_fraction), align_corners, with_gradient, backend)
+    return _upsample_cross_entropy_op.upsample_cross_entropy(logits, target, weight, *options)[0]
+
+
+def upsample_argmax(logits: Tensor, size: Size, *, align_corners: bool = False, backend: str = "auto") -> Tensor:
+    """The most likely class of every pixel, without upsampled logits: equals
+    ``F.interpolate(logits.float(), size, mode="bilinear").argmax(1)``.
+
+    Args:
+        logits: ``[N, C, h, w]``, float32, float64, bfloat16 or float16, any strides.
+        size: H and W of the result, one int for both.
+        align_corners: as in :func:`torch.nn.functional.interpolate`.
+        backend: as in :func:`upsample_cross_entropy`.
+
+    Returns:
+        int64 ``[N, H, W]``. Of classes with equal logits the first, a NaN above all. Classes whose interpolated logits differ
+        by a few units in the last place may come out differently from one backend to another: each rounds in its own order.
+
+    Raises:
+        TypeError, ValueError: wrong types or sizes. RuntimeError: a ``backend`` that cannot run.
+    """
+    _check_upsampled("upsample_argmax", logits)
+    return _upsample_argmax_op.upsample_argmax(logits.detach(), _rows_and_columns(size), align_corners, backend)
+
+
+def _check_upsampled(op: str, logits: Tensor) -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{op}(): argument 'logits' must be Tensor, not {type(logits).__name__}")
+    if logits.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise TypeError(f"logits of dtype {logits.dtype}: expected float32, float64, bfloat16 or float16")
+    if logits.dim() != 4 or 0 in logits.shape[1:]:
+        raise ValueError(f"logits of shape {list(logits.shape)}: expected [N, C, h, w], a class and a pixel at least")
+
+
+def _check_target(logits: Tensor, target: Tensor, weight: Tensor | None) -> None:
+    if not isinstance(target, Tensor):
+        raise TypeError(f"upsample_cross_entropy(): argument 'target' must be Tensor, not {type(target).__name__}")
+    if target.dtype not in (torch.int64, torch.int32, torch.uint8):
+        raise TypeError(f"target of dtype {target.dtype}: expected int64, int32 or uint8")
+    batch, classes = logits.shape[:2]
+    if target.dim() != 3 or target.shape[0] != batch or 0 in target.shape[1:]:
+        raise ValueError(f"target of shape {list(target.shape)}: expected [{batch}, H, W], a pixel at least")
+    if weight is not None:
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            raise TypeError("weight: expected a floating-point tensor or None")
+        if tuple(weight.shape) != (classes,):
+            raise ValueError(f"weight of shape {list(weight.shape)}: expected [{classes}], one factor per class")
+        if weight.requires_grad:
+            raise ValueError("weight requires a gradient: expected constants")
+    for name, value in (("target", target), ("weight", weight)):
+        if value is not None and value.device != logits.device:
+            raise ValueError(f"{name} is on {value.device}: expected {logits.device}, where the logits are")
+
+
+def _rows_and_columns(size: Size) -> tuple[int, int]:
+    pair = tuple(size) if isinstance(size, Sequence) else (size, size)
+    if len(pair) != 2 or not all(isinstance(n, (int, torch.SymInt)) and n > 0 for n in pair):
+        raise ValueError(f"size={size}: expected positive numbers of rows and columns")
+    return pair[0], pair[1]
+
+
+def describe_loss(logits: Tensor, target: Tensor, **_: Any) -> UpsampleProblem:
+    """The numbers of a call of :func:`upsample_cross_entropy`."""
+    _check_upsampled("upsample_cross_entropy", logits)
+    _check_target(logits, target, None)
+    return _upsample_cross_entropy_op.problem_of(logits, target.shape[1:])
+
+
+def describe_argmax(logits: Tensor, size: Size, **_: Any) -> UpsampleProblem:
+    """The numbers of a call of :func:`upsample_argmax`."""
+    _check_upsampled("upsample_argmax", logits)
+    return _upsample_cross_entropy_op.problem_of(logits, _rows_and_columns(size))
+
+
 # Per op, the function that turns the arguments of a call into a problem.
 _DESCRIBE: dict[str, Callable[..., dispatch.Problem]] = {
     "conv2d": describe,
@@ -273,4 +402,6 @@ _DESCRIBE: dict[str, Callable[..., dispatch.Problem]] = {
     "conv2d_weight": describe,
     "pyramid_pool": describe_pyramid,
     "pyramid_pool_input": describe_pyramid,
+    "upsample_cross_entropy": describe_loss,
+    "upsample_argmax": describe_argmax,
 }

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from atrous_kernels.functional import conv2d
+from atrous_kernels.functional import conv2d, upsample_cross_entropy
 
 
 class Conv2d(torch.nn.Conv2d):
@@ -31,3 +31,47 @@ class Conv2d(torch.nn.Conv2d):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.backend == "auto" else f", backend={self.backend!r}")
+
+
+class UpsampleCrossEntropyLoss(torch.nn.Module):
+    """Cross-entropy of logits ``[N, C, h, w]``, upsampled bilinearly, against labels ``[N, H, W]``.
+
+    Args: those of :func:`atrous_kernels.upsample_cross_entropy`. Like :class:`torch.nn.CrossEntropyLoss`, which it replaces
+    together with the upsampling before it, it keeps ``weight`` as a buffer.
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        ignore_index: int = 255,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        hard_fraction: float = 1.0,
+        align_corners: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.ignore_index, self.reduction, self.label_smoothing = ignore_index, reduction, label_smoothing
+        self.hard_fraction, self.align_corners, self.backend = hard_fraction, align_corners, backend
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return upsample_cross_entropy(
+            logits,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            hard_fraction=self.hard_fraction,
+            align_corners=self.align_corners,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, label_smoothing={self.label_smoothing}, "
+            f"hard_fraction={self.hard_fraction}, align_corners={self.align_corners}"
+        )

@@ -221,3 +221,30 @@ class ConvProblem:
             f"kernel {self.kernel[0]}x{self.kernel[1]} {pairs} groups {self.groups} "
             f"{str(self.dtype).removeprefix('torch.')} {layout} on {self.device_type}"
         )
+
+
+@dataclass(frozen=True)
+class UpsampleProblem:
+    """Logits ``[batch, classes, *in_size]``, of which something is wanted at ``out_size``."""
+
+    batch: int
+    classes: int
+    in_size: Pair
+    out_size: Pair
+    dtype: torch.dtype = torch.float32
+    device_type: str = "cpu"
+
+    @property
+    def upsampled_bytes(self) -> int:
+        """Size of the upsampled logits that the fused ops never write, in the type of the arithmetic."""
+        width = 8 if self.dtype is torch.float64 else 4
+        return self.batch * self.classes * self.out_size[0] * self.out_size[1] * width
+
+    def cost(self) -> str:
+        return f"{self.upsampled_bytes / 1e6:.3g} MB of upsampled logits, which the fused kernels never write"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.batch}x{self.classes} {self.in_size[0]}x{self.in_size[1]} to {self.out_size[0]}x{self.out_size[1]} "
+            f"{str(self.dtype).removeprefix('torch.')} on {self.device_type}"
+        )
