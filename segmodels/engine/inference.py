@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import atrous_kernels
 from segmodels.data import SegmentationDataset
 from segmodels.data.transforms import IMAGENET_MEAN, IMAGENET_STD, to_tensor
 from segmodels.engine.metrics import ConfusionMatrix
@@ -65,7 +66,8 @@ class Predictor:
         size = tuple(images.shape[-2:])
         with _evaluating(self.model):
             if self.scales == (1.0,) and not self.flip:
-                return self._logits(images, size).argmax(1)  # softmax would not change the order
+                # softmax would not change the order
+                return atrous_kernels.upsample_argmax(self._logits(images), size)
             return self._probabilities(images, size).argmax(1)
 
     @torch.inference_mode()
@@ -83,17 +85,18 @@ class Predictor:
                     images, size=[max(1, round(side * scale)) for side in size], mode="bilinear", align_corners=False
                 )
             for mirrored in (False, True) if self.flip else (False,):
-                logits = self._logits(resized.flip(-1) if mirrored else resized, size)
+                logits = self._logits(resized.flip(-1) if mirrored else resized).float()
+                logits = F.interpolate(logits, size=list(size), mode="bilinear", align_corners=False)
                 part = (logits.flip(-1) if mirrored else logits).softmax(1)
                 total = part if total is None else total + part
         assert total is not None
         return total / (len(self.scales) * (2 if self.flip else 1))
 
-    def _logits(self, images: Tensor, size: tuple[int, ...]) -> Tensor:
+    def _logits(self, images: Tensor) -> Tensor:
+        """At the resolution of the network."""
         images = images.to(self.device).contiguous(memory_format=self.layout)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            logits = self.model.logits(images)["out"]  # type: ignore[operator]
-        return F.interpolate(logits.float(), size=list(size), mode="bilinear", align_corners=False)
+            return self.model.logits(images)["out"]  # type: ignore[operator]
 
 
 @contextmanager

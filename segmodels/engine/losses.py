@@ -6,16 +6,17 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+import atrous_kernels
 
 IGNORE_INDEX = 255
 
 
 class SegmentationLoss(nn.Module):
-    """``CE(out) + aux_weight * CE(aux)``; each ``[N, C, h, w]`` is upsampled bilinearly to the labels first (DeepLabv3, Chen
-    et al. 2017, arXiv:1706.05587, section 4.1: keep the labels' detail). The auxiliary loss is PSPNet's (Zhao et al. 2017,
-    arXiv:1612.01105, section 3.3).
+    """``CE(out) + aux_weight * CE(aux)``; each ``[N, C, h, w]`` is upsampled bilinearly to the labels (DeepLabv3, Chen et al.
+    2017, arXiv:1706.05587, section 4.1: keep the labels' detail), without storing it at that size. The auxiliary loss is
+    PSPNet's (Zhao et al. 2017, arXiv:1612.01105, section 3.3).
 
     Args:
         weight: float ``[C]``, one factor per class, or None.
@@ -38,11 +39,12 @@ class SegmentationLoss(nn.Module):
         return loss
 
     def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
-        # float32 whatever autocast chose: the exponentials of bf16 logits have two digits
-        logits = F.interpolate(logits.float(), size=target.shape[-2:], mode="bilinear", align_corners=False)
         if not bool((target != IGNORE_INDEX).any()):
-            return logits.sum() * 0  # the mean over no pixels would be nan and end the training
-        return F.cross_entropy(logits, target, self.weight, ignore_index=IGNORE_INDEX, label_smoothing=self.label_smoothing)
+            return logits.float().sum() * 0  # the mean over no pixels would be nan and end the training
+        # computed in float32 whatever autocast chose: the exponentials of bf16 logits have two digits
+        return atrous_kernels.upsample_cross_entropy(
+            logits, target, weight=self.weight, ignore_index=IGNORE_INDEX, label_smoothing=self.label_smoothing
+        )
 
 
 def balanced_weights(labels: Iterable[np.ndarray], num_classes: int, balance: float) -> Tensor:

@@ -129,6 +129,24 @@ def test_loss_is_the_weighted_mean_over_labelled_pixels(smoothing: float) -> Non
     assert float(loss) == pytest.approx(float(plain(low) + 0.4 * plain(aux)), rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_and_gradient_are_those_of_the_upsampled_logits(dtype: torch.dtype) -> None:
+    weight = torch.rand(11) + 0.5
+    target = torch.randint(0, 11, (2, 90, 75))
+    target[torch.rand(target.shape) < 0.2] = 255
+    logits = (3 * torch.randn(2, 11, 6, 5)).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
+    loss = SegmentationLoss(weight, 0.1)({"out": logits}, target)
+    plain = F.interpolate(logits.float(), size=(90, 75), mode="bilinear", align_corners=False)
+    plain = F.cross_entropy(plain, target, weight, ignore_index=255, label_smoothing=0.1)
+    (gradient,), (plain_gradient,) = (torch.autograd.grad(value, logits) for value in (loss, plain))
+    assert loss.dtype is torch.float32
+    assert gradient.dtype is dtype
+    # ten thousand float32 terms of order one in another order; a bf16 gradient is rounded once
+    torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
+    scale = plain_gradient.abs().max()
+    torch.testing.assert_close(gradient / scale, plain_gradient / scale, rtol=0, atol=1e-5 if dtype is torch.float32 else 2**-7)
+
+
 def test_loss_without_labelled_pixels_is_zero_and_harmless() -> None:
     logits = torch.randn(1, 3, 2, 2, requires_grad=True)
     loss = SegmentationLoss()({"out": logits}, torch.full((1, 4, 4), 255))
@@ -214,6 +232,16 @@ def test_predictor_averages_probabilities_over_scales_and_mirrorings(size: tuple
     # two layouts of the same float32 sums
     torch.testing.assert_close(found, torch.stack(parts).mean(0), rtol=0, atol=1e-5)
     torch.testing.assert_close(found.sum(1), torch.ones(1, *size), rtol=0, atol=1e-5)
+
+
+def test_predictor_takes_the_classes_of_the_upsampled_logits() -> None:
+    model = Pointwise(classes=7).eval()
+    images = torch.randn(2, 3, 40, 31)
+    found = Predictor(model).classes(images)
+    with torch.no_grad():
+        logits = F.interpolate(model.logits(images)["out"], size=(40, 31), mode="bilinear", align_corners=False)
+    short = logits.amax(1) - logits.gather(1, found[:, None])[:, 0]
+    assert float(short.max()) < 1e-5  # another class only where float32 cannot tell the two apart
 
 
 def test_predictor_takes_and_refuses_images() -> None:
