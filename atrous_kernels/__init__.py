@@ -2,7 +2,15 @@
 
 from atrous_kernels import nn
 from atrous_kernels.dispatch import Explanation, backend, precision
-from atrous_kernels.functional import conv2d, explain, pyramid_pool, upsample_argmax, upsample_cross_entropy
+from atrous_kernels.functional import (
+    conv2d,
+    explain,
+    psp_conv,
+    pyramid_pool,
+    upsample_argmax,
+    upsample_concat,
+    upsample_cross_entropy,
+)
 from atrous_kernels.swap import swap, unswap
 
 __version__ = "0.1.0"
@@ -13,9 +21,11 @@ __all__ = [
     "explain",
     "nn",
     "precision",
+    "psp_conv",
     "pyramid_pool",
     "swap",
     "unswap",
     "upsample_argmax",
+    "upsample_concat",
     "upsample_cross_entropy",
 ]

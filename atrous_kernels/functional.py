@@ -11,8 +11,10 @@ from torch import Tensor
 
 from atrous_kernels import dispatch
 from atrous_kernels.ops import conv2d as _conv2d_op
+from atrous_kernels.ops import psp_conv as _psp_conv_op
 from atrous_kernels.ops import pyramid_pool as _pyramid_pool_op
 from atrous_kernels.ops import upsample_argmax as _upsample_argmax_op
+from atrous_kernels.ops import upsample_concat as _upsample_concat_op
 from atrous_kernels.ops import upsample_cross_entropy as _upsample_cross_entropy_op
 from atrous_kernels.problem import ConvProblem, UpsampleProblem
 
@@ -102,6 +104,93 @@ def pyramid_pool(
         out.append(cells.unflatten(1, (rows, columns)).permute(0, 3, 1, 2))
         begin += rows * columns
     return out
+
+
+def upsample_concat(
+    input: Tensor, levels: Sequence[Tensor], *, align_corners: bool = False, backend: str = "auto"
+) -> Tensor:
+    """``torch.cat([input, *levels], 1)`` with the levels upsampled bilinearly to the size of the input, in one pass.
+
+    Args:
+        input: ``[N, C, H, W]``, floating point, any strides.
+        levels: each ``[N, c, h, w]``, same batch, dtype and device; upsampled as :func:`torch.nn.functional.interpolate` does.
+        align_corners: whether the corner pixels of a level lie on those of the input (True), or their areas are aligned.
+        backend: as in :func:`pyramid_pool`.
+
+    Returns:
+        ``[N, C + sum of c, H, W]``; channels-last where the input is.
+
+    Raises:
+        TypeError, ValueError: an argument outside these; RuntimeError: as in :func:`pyramid_pool`.
+
+    Differentiable twice.
+    """
+    _check_levels("upsample_concat", input, levels)
+    levels = [level.to(input.dtype) for level in levels]
+    return _upsample_concat_op.upsample_concat(input, levels, align_corners, backend)
+
+
+def psp_conv(
+    input: Tensor,
+    levels: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    align_corners: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Convolution over ``upsample_concat(input, levels)`` with zero padding that keeps the size, without that tensor.
+
+    The half of the weight that meets upsampled levels is applied at their own resolution; what is left to do per pixel is
+    linear interpolation. Exact algebra: only the order of sums differs from the plain form.
+
+    Args:
+        input, levels, align_corners: as in :func:`upsample_concat`.
+        weight: ``[O, C + sum of c, kh, kw]``, ``kh`` and ``kw`` odd; fastest channels-last.
+        bias: ``[O]`` or None.
+        backend: of the convolution of the input's half, as in :func:`conv2d`.
+
+    Returns:
+        ``[N, O, H, W]``; channels-last where the input or the weight is.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument outside these; see :func:`conv2d`.
+
+    Differentiable twice. Source of the layer: Zhao et al., "Pyramid Scene Parsing Network", 2017, section 3.2; the algebra is
+    derived in docs/kernels.md.
+    """
+    _check_levels("psp_conv", input, levels)
+    channels = input.shape[1] + sum(level.shape[1] for level in levels)
+    if not isinstance(weight, Tensor) or weight.dim() != 4 or weight.shape[1] != channels:
+        shape = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"weight of shape {shape}: expected [O, {channels}, kh, kw], {channels} being the channels of all maps")
+    if weight.shape[2] % 2 == 0 or weight.shape[3] % 2 == 0:
+        raise ValueError(f"weight of shape {list(weight.shape)}: expected an odd kernel")
+    return _psp_conv_op.psp_conv(input, list(levels), weight, bias, align_corners, backend)
+
+
+def _check_levels(op: str, input: Tensor, levels: Sequence[Tensor]) -> None:
+    if not isinstance(levels, (tuple, list)) or not all(isinstance(t, Tensor) for t in (input, *levels)):
+        raise TypeError(f"{op}(): expected a tensor and a list of tensors, not {type(input).__name__}, {type(levels).__name__}")
+    if input.dim() != 4 or not input.is_floating_point():
+        raise ValueError(f"input of shape {list(input.shape)}, {input.dtype}: expected floating-point [N, C, H, W]")
+    for level in levels:
+        if level.dim() != 4 or level.shape[0] != input.shape[0] or 0 in level.shape[2:]:
+            raise ValueError(f"level of shape {list(level.shape)}: expected [{input.shape[0]}, c, h, w] with at least one pixel")
+        if level.device != input.device or (
+            level.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type)
+        ):
+            raise ValueError(
+                f"level of {level.dtype} on {level.device}: expected {input.dtype} on {input.device}, as the input"
+            )
+
+
+def describe_concat(
+    input: Tensor, levels: Sequence[Tensor], *, align_corners: bool = False
+) -> _upsample_concat_op.ConcatProblem:
+    """The numbers of a call with the arguments of :func:`upsample_concat`, checked the same way."""
+    _check_levels("upsample_concat", input, levels)
+    return _upsample_concat_op.problem_of(input, levels, align_corners)
 
 
 def _check_pyramid(input: Tensor, bins: Sequence[Size], mode: str) -> list[tuple[int, int]]:
@@ -404,4 +493,5 @@ _DESCRIBE: dict[str, Callable[..., dispatch.Problem]] = {
     "pyramid_pool_input": describe_pyramid,
     "upsample_cross_entropy": describe_loss,
     "upsample_argmax": describe_argmax,
+    "upsample_concat": describe_concat,
 }

@@ -3,13 +3,11 @@
 #include "pyramid_pool.h"
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
-#include <type_traits>
 #include <vector>
 
-#include "pyramid_pool_kernels.h"
-#include "runtime.h"
-#include "typed.h"
+#include "pyramid_pool_typed.h"
 
 namespace atrous::cpu {
 namespace {
@@ -18,13 +16,6 @@ namespace {
 constexpr double operations_per_value = 4;
 // Pixels read side by side: more streams than the hardware prefetches would cost bandwidth.
 constexpr int64_t most_streams = 16;
-
-template <class T> const PyramidKernels<T>& kernels_for() {
-  const PyramidTable& all = table<PyramidTable>();
-  if constexpr (std::is_same_v<T, double>) return all.f64;
-  else if constexpr (std::is_same_v<T, bf16>) return all.b16;
-  else return all.f32;
-}
 
 struct Range {
   int64_t begin, end;
@@ -99,7 +90,7 @@ void combine(const Grid& grid, const Bin& bin, int64_t channels, const A* values
   if (!at) {
     std::fill_n(total, channels, A{0});
     for (int64_t i = bin.rows.begin; i < bin.rows.end; ++i)
-      kernels_for<A>().sum_pixels({bin.columns.end - bin.columns.begin, channels, values + cell(i, bin.columns.begin), channels,
+      pyramid_kernels<A>().sum_pixels({bin.columns.end - bin.columns.begin, channels, values + cell(i, bin.columns.begin), channels,
                                    total, nullptr, 0});
     for (int64_t c = 0; c < channels; ++c) total[c] *= static_cast<A>(bin.scale);
     return;
@@ -131,7 +122,7 @@ struct ChannelTasks {
 template <class S>
 void pool_nhwc(const PyramidShape& s, const Grid& grid, const S* input, S* output, int64_t* index) {
   using A = Accumulator<S>;
-  const PyramidKernels<S>& kernels = kernels_for<S>();
+  const PyramidKernels<S>& kernels = pyramid_kernels<S>();
   const int64_t columns = grid.columns(), channels = s.channels, threads = threads_of(s);
   const int64_t cells = s.batch * grid.cells() * channels;
   Scratch value_scratch(static_cast<size_t>(cells) * sizeof(A));
@@ -183,7 +174,7 @@ template <class S>
 void pool_nchw(const PyramidShape& s, const Grid& grid, const S* input, S* output, int64_t* index) {
   using A = Accumulator<S>;
   constexpr int64_t planes = 16;
-  const PyramidKernels<S>& kernels = kernels_for<S>();
+  const PyramidKernels<S>& kernels = pyramid_kernels<S>();
   const int64_t columns = grid.columns(), bins = static_cast<int64_t>(grid.bins.size());
   const int64_t blocks = (s.channels + planes - 1) / planes;
   parallel(s.batch * blocks, threads_of(s), [&](int64_t begin, int64_t end) {
@@ -248,7 +239,7 @@ template <class S> void spread_nhwc(const PyramidShape& s, const Grid& grid, con
           const S* from = grad + (n * bins + b) * channels + part.begin;
           for (int64_t c = 0; c < width; ++c) sum[c] += convert_value<S, A>(from[c]) * static_cast<A>(bin.scale);
         }
-        kernels_for<S>().narrow(width, sum, cells + j * width);
+        pyramid_kernels<S>().narrow(width, sum, cells + j * width);
       }
       for (int64_t y = grid.y[r]; y < grid.y[r + 1]; ++y)
         for (int64_t j = 0; j < columns; ++j)
@@ -300,12 +291,6 @@ void scatter(const PyramidShape& s, const S* grad, const int64_t* index, S* grad
       }
     }
   });
-}
-
-template <class Body> void with_type(DType dtype, const Body& body) {
-  if (dtype == DType::float32) return body(float{});
-  if (dtype == DType::float64) return body(double{});
-  body(bf16{});
 }
 
 }  // namespace
