@@ -23,7 +23,7 @@ def list_models(pattern: str = "*") -> list[str]:
 def create_model(
     name: str,
     num_classes: int = 21,
-    output_stride: int = 16,
+    output_stride: int | None = None,
     *,
     backbone: str | None = None,
     multi_grid: Sequence[int] | None = None,
@@ -36,15 +36,15 @@ def create_model(
     Args:
         name: ``"deeplabv3_resnet50"`` (see :func:`list_models`), or a system's name with ``backbone=``.
         num_classes: channels of the logits.
-        output_stride: 8, 16 or 32: how far the backbone may reduce the image; can be changed later with
-            ``model.set_output_stride``.
+        output_stride: 8, 16 or 32: how far the backbone may reduce the image; by default the paper's, 16 for DeepLab and 8 for
+            PSPNet. Can be changed later with ``model.set_output_stride``.
         backbone: with a system's name only.
         multi_grid: rate factors of the blocks of the last stage of a ResNet (DeepLabv3, section 3.2.1).
         aux_loss: with an auxiliary head, active in training.
         weights_backbone: None, ``"imagenet"`` (efficientnet_lite0, from its optional package) or a classification file
             (``.safetensors``; ``.pth``/``.pt`` that holds tensors only).
-        options: of the system (:class:`segmodels.models.DeepLabV3`, :class:`segmodels.models.DeepLabV3Plus`: ``rates``,
-            ``separable``, ``image_pooling``, ``dropout``, ``head_channels`` ...) or of the backbone
+        options: of the system (:class:`segmodels.models.DeepLabV3`, :class:`segmodels.models.DeepLabV3Plus`,
+            :class:`segmodels.models.PSPNet`: ``rates``, ``bins``, ``dropout``, ``head_channels`` ...) or of the backbone
             (:class:`segmodels.backbones.ResNet`: ``first_block``; :class:`segmodels.backbones.MobileNetV2`:
             ``width_mult``, ``padding``).
 
@@ -70,6 +70,8 @@ def create_model(
                 f"{system_name} takes {', '.join(sorted(system_keys))}; {backbone_name} takes "
                 f"{', '.join(sorted(backbone_keys)) or 'none'}"
             )
+    if output_stride is None:
+        output_stride = system.default_output_stride
     features = build_backbone(output_stride=output_stride, **{k: options[k] for k in options if k in backbone_keys})
     if weights_backbone is not None:
         _load_weights(features, backbone_name, weights_backbone)

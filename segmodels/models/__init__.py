@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 from segmodels.models.base import SegmentationModel
 from segmodels.models.deeplabv3 import DeepLabV3
 from segmodels.models.deeplabv3plus import DeepLabV3Plus
+from segmodels.models.pspnet import PSPNet
 
-SYSTEMS: dict[str, Callable[..., SegmentationModel]] = {"deeplabv3": DeepLabV3, "deeplabv3plus": DeepLabV3Plus}
+SYSTEMS: dict[str, type[Any]] = {"deeplabv3": DeepLabV3, "deeplabv3plus": DeepLabV3Plus, "pspnet": PSPNet}
 
-__all__ = ["SYSTEMS", "DeepLabV3", "DeepLabV3Plus", "SegmentationModel"]
+__all__ = ["SYSTEMS", "DeepLabV3", "DeepLabV3Plus", "PSPNet", "SegmentationModel"]

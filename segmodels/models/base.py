@@ -22,6 +22,9 @@ class SegmentationModel(nn.Module):
         ValueError: input is not ``[N, 3, H, W]``, or has no pixels.
     """
 
+    #: Where the caller does not say: the paper's.
+    default_output_stride = 16
+
     backbone: Backbone
     classifier: Any  # a module that has set_output_stride; its inputs are the system's own business
 

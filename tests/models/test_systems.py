@@ -10,7 +10,7 @@ from torch.export import Dim
 
 from segmodels import create_model
 
-SYSTEMS = ("deeplabv3", "deeplabv3plus")
+SYSTEMS = ("deeplabv3", "deeplabv3plus", "pspnet")
 TINY = {
     "mobilenetv2": {"width_mult": 0.25, "head_channels": 8},
     "efficientnet_lite0": {"head_channels": 8},
@@ -38,7 +38,7 @@ def test_any_size_in_eval(system, size):
             assert torch.isfinite(out["out"]).all()
 
 
-@pytest.mark.parametrize(("system", "stride"), [("deeplabv3", 16), ("deeplabv3plus", 4)])
+@pytest.mark.parametrize(("system", "stride"), [("deeplabv3", 16), ("deeplabv3plus", 4), ("pspnet", 8)])
 def test_forward_is_logits_upsampled(system, stride):
     model = tiny(system).eval()
     x = torch.randn(2, 3, 65, 97)
@@ -98,6 +98,9 @@ def test_empty_batch_in_eval():
 def test_one_image_in_training_says_what_to_do():
     with pytest.raises(ValueError, match="batch of 1"):
         tiny("deeplabv3")(torch.randn(1, 3, 64, 64))
+    with pytest.raises(ValueError, match="batch of 1"):
+        tiny("pspnet")(torch.randn(1, 3, 64, 64))
+    assert tiny("pspnet", bins=(2, 3))(torch.randn(1, 3, 64, 64))["out"].shape == (1, 5, 64, 64)
     assert tiny("deeplabv3", image_pooling=False)(torch.randn(1, 3, 64, 64))["out"].shape == (1, 5, 64, 64)
 
 
@@ -162,6 +165,8 @@ ANY_SIZE = {**ANY_BATCH, 2: Dim("height", min=33, max=2048), 3: Dim("width", min
         ("deeplabv3", "mobilenetv2", ANY_BATCH),
         ("deeplabv3plus", "mobilenetv2", ANY_BATCH),
         ("deeplabv3plus", "efficientnet_lite0", ANY_BATCH),
+        ("pspnet", "resnet18", ANY_BATCH),
+        ("pspnet", "mobilenetv2", ANY_SIZE),
         ("deeplabv3plus", "resnet18", ANY_SIZE),
         pytest.param("deeplabv3", "efficientnet_lite0", ANY_SIZE, marks=pytest.mark.slow),
     ],
