@@ -131,3 +131,10 @@ assert "was not built" in report()
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_an_op_without_the_default_backend_stays_automatic() -> None:
+    x = torch.randn(1, 3, 9, 9)
+    with ak.backend("winograd"):
+        assert len(ak.pyramid_pool(x, (1, 2))) == 2
+        assert ak.upsample_argmax(x, (18, 18)).shape == (1, 18, 18)

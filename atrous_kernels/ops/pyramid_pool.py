@@ -69,7 +69,7 @@ def problem_of(input_size: Ints, bins: Ints, maximum: bool, tensor: Tensor) -> P
 
 def _pick(op: str, backend: str, input_size: Ints, bins: Ints, maximum: bool, tensor: Tensor) -> Implementation:
     if backend == dispatch.AUTO:
-        backend = dispatch.default_backend()
+        backend = dispatch.default_backend(op)
     key = (tuple(input_size), tuple(bins), maximum, tensor.dtype, tensor.device.type)
     found = dispatch.cached(op, backend, key)
     return found or dispatch.choose(op, problem_of(input_size, bins, maximum, tensor), backend, key)

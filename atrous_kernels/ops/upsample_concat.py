@@ -59,7 +59,7 @@ def problem_of(input: Tensor, levels: Sequence[Tensor], align_corners: bool) -> 
 
 def _upsample_concat(input: Tensor, levels: Sequence[Tensor], align_corners: bool, backend: str) -> Tensor:
     if backend == dispatch.AUTO:
-        backend = dispatch.default_backend()
+        backend = dispatch.default_backend("upsample_concat")
     problem = problem_of(input, levels, align_corners)
     run = dispatch.choose("upsample_concat", problem, backend, (problem,)).run
     layout = torch.channels_last if is_channels_last(input) else torch.contiguous_format
