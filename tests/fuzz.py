@@ -25,8 +25,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("ATROUS_POISON", "1")
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+import atrous_kernels as ak
 from atrous_kernels import native
 from atrous_kernels.ops import conv2d as conv2d_ops
 from atrous_kernels.problem import out_extent
@@ -221,10 +223,63 @@ def run_pyramid(p: Problem) -> Results:
     yield "pyramid_pool_input", ops.pyramid_pool_input(g, index, *rest, "cpu"), truth, tolerance
 
 
+# upsample_cross_entropy and upsample_argmax -------------------------------------------------------------------------------
+
+
+def draw_upsample(rng: Random) -> Problem:
+    return dict(
+        size=[pick(rng, {0: 1, 1: 10, 2: 10}), skewed(rng, 1, 40), skewed(rng, 1, 12), skewed(rng, 1, 12)],
+        to=[skewed(rng, 1, 60), skewed(rng, 1, 60)],
+        align_corners=rng.random() < 0.5,
+        weighted=rng.random() < 0.5,
+        reduction=rng.choice(["mean", "sum", "none"]),
+        label_smoothing=rng.choice([0.0, 0.0, 0.1]),
+        ignored=rng.choice([0.0, 0.2, 1.0]),
+        dtype=rng.choice(["float32", "float64"]),
+        layouts=[pick(rng, LAYOUTS)],
+        threads=rng.randint(1, 3),
+        seed=rng.getrandbits(31),
+    )
+
+
+def run_upsample(p: Problem) -> Results:
+    logits = integers(p["seed"], p["size"], p["dtype"], p["layouts"][0])
+    true_logits = logits.double().requires_grad_()
+    z = F.interpolate(true_logits, size=p["to"], mode="bilinear", align_corners=p["align_corners"])
+    # Positions round to 2**-24 of the map's size, and interpolate between neighbours at most 6 apart.
+    eps = torch.finfo(logits.dtype).eps
+    rounding = 64 * eps
+    best = ak.upsample_argmax(logits, tuple(p["to"]), align_corners=p["align_corners"], backend="cpu")
+    yield "upsample_argmax", z.detach().gather(1, best[:, None])[:, 0], z.detach().amax(1), rounding
+    generator = torch.Generator().manual_seed(p["seed"] + 1)
+    target = torch.randint(p["size"][1], (p["size"][0], *p["to"]), generator=generator)
+    target[torch.rand(target.shape, generator=generator) < p["ignored"]] = 255
+    weight = torch.rand(p["size"][1], generator=generator, dtype=torch.float64) + 0.5 if p["weighted"] else None
+    options = dict(ignore_index=255, reduction=p["reduction"], label_smoothing=p["label_smoothing"])
+    ours_logits = logits.requires_grad_()
+    ours = ak.upsample_cross_entropy(
+        ours_logits,
+        target,
+        weight=None if weight is None else weight.to(logits.dtype),
+        align_corners=p["align_corners"],
+        backend="cpu",
+        **options,
+    )
+    truth = F.cross_entropy(z, target, weight, **options)
+    if p["reduction"] == "mean" and bool((target == 255).all()):  # nan on both sides, equal to nothing
+        yield "loss", ours.isnan().double(), torch.ones((), dtype=torch.float64), 0.0
+        return
+    pixels = 1 if p["reduction"] != "sum" else max(target.numel(), 1)  # errors of up to one rounding each add up
+    yield "loss", ours.detach(), truth.detach(), 8 * rounding * pixels
+    (grad,), (true_grad,) = torch.autograd.grad(ours.sum(), ours_logits), torch.autograd.grad(truth.sum(), true_logits)
+    yield "gradient", grad, true_grad, 8 * rounding * (1 if p["reduction"] == "mean" else max(target[:1].numel(), 1))
+
+
 OPS = {
     "conv2d": Op(draw_conv2d, run_conv2d),
     "conv2d_winograd": Op(draw_winograd, run_winograd),
     "pyramid_pool": Op(draw_pyramid, run_pyramid),
+    "upsample": Op(draw_upsample, run_upsample),
 }
 
 
