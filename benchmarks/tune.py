@@ -1,8 +1,8 @@
 """``python -m benchmarks.tune``: measures the implementations of conv2d's three ops on this machine, for automatic choice.
 
 Writes ``atrous_kernels/tuned/cpu_<instruction set>.json``. The problems are every convolution of the networks below, at the sizes
-of their recipes, and some more: both layouts; fp32 and bf16 on all threads, fp32 on one. Medians of interleaved rounds. The forward
-pass keeps its prepared weights, as in inference; for the gradients the weights change, as in training.
+of their recipes, and some more: both layouts; fp32 and bf16 on all threads, fp32 on one. Medians of interleaved rounds. The
+forward pass keeps its prepared weights, as in inference; for the gradients the weights change, as in training.
 """
 
 from __future__ import annotations
