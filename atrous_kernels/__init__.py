@@ -3,7 +3,10 @@
 from atrous_kernels import nn
 from atrous_kernels.dispatch import Explanation, backend, precision
 from atrous_kernels.functional import (
+    ConvBN,
+    aspp,
     conv2d,
+    conv_bn_relu,
     explain,
     psp_conv,
     pyramid_pool,
@@ -15,9 +18,12 @@ from atrous_kernels.swap import swap, unswap
 
 __version__ = "0.1.0"
 __all__ = [
+    "ConvBN",
     "Explanation",
+    "aspp",
     "backend",
     "conv2d",
+    "conv_bn_relu",
     "explain",
     "nn",
     "precision",

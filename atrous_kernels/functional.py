@@ -10,13 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atrous_kernels import dispatch
+from atrous_kernels.ops import aspp as _aspp_op
 from atrous_kernels.ops import conv2d as _conv2d_op
+from atrous_kernels.ops import conv_bn_relu as _conv_bn_relu_op
 from atrous_kernels.ops import psp_conv as _psp_conv_op
 from atrous_kernels.ops import pyramid_pool as _pyramid_pool_op
 from atrous_kernels.ops import upsample_argmax as _upsample_argmax_op
 from atrous_kernels.ops import upsample_concat as _upsample_concat_op
 from atrous_kernels.ops import upsample_cross_entropy as _upsample_cross_entropy_op
-from atrous_kernels.problem import ConvProblem, UpsampleProblem
+from atrous_kernels.ops.aspp import ConvBN
+from atrous_kernels.problem import ConvProblem, UpsampleProblem, out_extent
 
 Size = int | Sequence[int]
 
@@ -221,6 +224,202 @@ def describe_pyramid(
     """The numbers of a call with the arguments of :func:`pyramid_pool`, checked the same way."""
     flat = [size for level in _check_pyramid(input, bins, mode) for size in level]
     return _pyramid_pool_op.problem_of(input.shape, flat, mode == "max", input)
+
+
+def conv_bn_relu(
+    input: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    process_group: Any = None,
+    backend: str = "auto",
+) -> Tensor:
+    """:func:`conv2d`, :func:`torch.nn.functional.batch_norm` and an activation, in fewer passes over memory.
+
+    Args:
+        input, weight, stride, padding, dilation, groups: as in :func:`conv2d`; ``input`` is ``[N, C, H, W]``.
+        bn_weight, bn_bias: ``[O]`` or None (no affine part); the dtype of ``weight`` or float32.
+        running_mean, running_var: ``[O]``. Training moves them in place (unbiased variance) unless they are None; otherwise
+            they are the statistics.
+        training: normalise by the statistics of this batch. False with gradients is the frozen mode: differentiable in
+            input, weight, bn_weight and bn_bias.
+        momentum: weight of this batch in the running statistics.
+        eps: added to the variance.
+        activation: ``"relu"``, ``"relu6"`` or ``"none"``.
+        process_group: of :mod:`torch.distributed`, on any device: statistics of the batches of all its processes together.
+        backend: ``"auto"``, ``"cpu"``, ``"torch"`` (the framework's batch_norm) or ``"reference"``; the convolution inside an
+            ``"auto"`` call chooses for itself.
+
+    Returns:
+        ``[N, O, H', W']``, sizes and layout as :func:`conv2d`.
+
+    Raises:
+        RuntimeError, TypeError: as :func:`conv2d`; ValueError: a batch norm argument of the wrong size, unknown
+            ``activation`` or ``backend``, no running statistics in inference, a single value per channel in training.
+
+    Differentiable twice, except with a process group (once). Source: Ioffe & Szegedy, "Batch Normalization", 2015,
+    algorithms 1 and 2.
+    """
+    norm = (bn_weight, bn_bias, running_mean, running_var)
+    input, geometry = _check_conv_bn_relu(input, weight, norm, stride, padding, dilation, groups, training, activation)
+    if training and process_group is None:
+        height, width = (out_extent(*a) for a in zip(input.shape[2:], weight.shape[2:], *geometry[:3], strict=True))
+        if input.shape[0] * height * width == 1:
+            raise ValueError(f"expected more than 1 value per channel when training, but got input of size {list(input.shape)}")
+    return _conv_bn_relu_op.conv_bn_relu(
+        input,
+        weight,
+        norm,
+        geometry,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        activation=activation,
+        process_group=process_group,
+        backend=backend,
+    )
+
+
+def _check_conv_bn_relu(
+    input: Tensor,
+    weight: Tensor,
+    norm: Sequence[Tensor | None],
+    stride: Size,
+    padding: Size | str,
+    dilation: Size,
+    groups: int,
+    training: bool,
+    activation: str,
+) -> tuple[Tensor, tuple[Any, Any, Any, int]]:
+    """The (possibly padded) input and the geometry, checked."""
+    _check_tensors(input, weight, None)
+    if input.dim() != 4:
+        raise RuntimeError(f"expected input [N, C, H, W] to conv_bn_relu, but got input of size: {list(input.shape)}")
+    stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
+    if isinstance(padding, str):
+        input, padding = _resolve_padding(input, weight, padding, stride, dilation)
+    padding = _pair("padding", padding)
+    _check_geometry(input, weight, None, stride, padding, dilation, groups, False)
+    _check_norm(weight, norm, training)
+    if activation not in _conv_bn_relu_op.BOUNDS:
+        raise ValueError(f"activation={activation!r}: expected one of {', '.join(_conv_bn_relu_op.BOUNDS)}")
+    return input, (stride, padding, dilation, groups)
+
+
+def _check_norm(weight: Tensor, norm: Sequence[Tensor | None], training: bool) -> None:
+    for name, value in zip(("bn_weight", "bn_bias", "running_mean", "running_var"), norm, strict=True):
+        if value is not None and tuple(value.shape) != (weight.shape[0],):
+            raise ValueError(f"{name}: expected {weight.shape[0]} values, one per output channel, but got {list(value.shape)}")
+    if not training and (norm[2] is None or norm[3] is None):
+        raise ValueError("running_mean and running_var: expected tensors when training=False, but got None")
+    if (norm[2] is None) != (norm[3] is None):
+        raise ValueError("running_mean and running_var: expected both or neither, but got one")
+
+
+def describe_conv_bn_relu(
+    input: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    training: bool = False,
+    activation: str = "relu",
+    process_group: Any = None,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    **geometry: Any,
+) -> _conv_bn_relu_op.ConvBnReluProblem:
+    """The numbers of a call with the arguments of :func:`conv_bn_relu`; the statistics may be left out."""
+    conv = describe(input, weight, **geometry)
+    synchronised = training and process_group is not None
+    return _conv_bn_relu_op.ConvBnReluProblem(input.dtype, input.device.type, training, synchronised, activation, conv)
+
+
+def aspp(
+    input: Tensor,
+    branches: Sequence[ConvBN],
+    projection: ConvBN,
+    pooling: ConvBN | None = None,
+    *,
+    process_group: Any = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Atrous spatial pyramid pooling: convolutions side by side, each with batch norm and ReLU, projected by a 1x1
+    convolution with batch norm and ReLU. Their concatenation is never made.
+
+    Args:
+        input: ``[N, C, H, W]``.
+        branches: :class:`ConvBN` of odd kernels ``[O_i, C, k, k]``, centred, stride 1; at least one.
+        projection: ``[O, sum of all O_i, 1, 1]``; slices of its input channels belong to ``branches`` in order, then to
+            ``pooling``.
+        pooling: image-level features, ``[O_p, C, 1, 1]``: the mean of the image through it, the same at every pixel.
+        process_group, backend: as in :func:`conv_bn_relu`.
+
+    Returns:
+        ``[N, O, H, W]``, channels-last where the input or a weight is. 16-bit sums over branches are rounded after each branch.
+
+    Raises:
+        RuntimeError, TypeError: as :func:`conv_bn_relu`; ValueError: as there, no branch, a projection of other sizes, or one
+            image in training with ``pooling``, whose statistics would be of a single value.
+
+    Differentiable as :func:`conv_bn_relu`. Source: DeepLabv3, section 3.3 and figure 5.
+    """
+    _check_aspp(input, branches, projection, pooling)
+    if pooling is not None and process_group is None:
+        _aspp_op.check_image_pooling(input.shape[0], pooling.training)
+    return _aspp_op.aspp(input, branches, projection, pooling, process_group=process_group, backend=backend)
+
+
+_AS_IT_IS = (1, 1), (0, 0), (1, 1), 1
+
+
+def _check_aspp(input: Tensor, branches: Sequence[ConvBN], projection: ConvBN, pooling: ConvBN | None) -> None:
+    if not branches:
+        raise ValueError("branches: expected at least one, but got none")
+    pooled = () if pooling is None else (pooling,)
+    for index, one in enumerate((*branches, *pooled)):
+        stride, padding, dilation, groups = one.geometry if one.weight.dim() == 4 else _AS_IT_IS
+        _check_conv_bn_relu(input, one.weight, one[1:5], stride, padding, dilation, groups, one.training, "relu")
+        if not all(size % 2 for size in one.weight.shape[2:]):
+            raise ValueError(f"branch {index}: expected a kernel of odd size, but got weight of size {list(one.weight.shape)}")
+    if pooling is not None and tuple(pooling.weight.shape[2:]) != (1, 1):
+        raise ValueError(f"pooling: expected a 1x1 kernel, but got weight of size {list(pooling.weight.shape)}")
+    width = sum(one.weight.shape[0] for one in (*branches, *pooled))
+    if projection.weight.dim() != 4 or tuple(projection.weight.shape[1:]) != (width, 1, 1):
+        raise ValueError(
+            f"projection: expected weight of size [O, {width}, 1, 1] for the channels of all branches, but got "
+            f"{list(projection.weight.shape)}"
+        )
+    _check_norm(projection.weight, projection[1:5], projection.training)
+
+
+def describe_aspp(
+    input: Tensor,
+    branches: Sequence[ConvBN],
+    projection: ConvBN,
+    pooling: ConvBN | None = None,
+    *,
+    process_group: Any = None,
+) -> _aspp_op.AsppProblem:
+    """The numbers of a call with the arguments of :func:`aspp`, checked the same way."""
+    _check_aspp(input, branches, projection, pooling)
+    problems = tuple(describe(input, one.weight, None, *one.geometry) for one in branches)
+    training = projection.training
+    synchronised = training and process_group is not None
+    return _aspp_op.AsppProblem(problems, projection.weight.shape[0], pooling is not None, training, synchronised)
 
 
 def explain(op: str, *args: Any, backend: str = "auto", **kwargs: Any) -> dispatch.Explanation:
@@ -494,4 +693,6 @@ _DESCRIBE: dict[str, Callable[..., dispatch.Problem]] = {
     "upsample_cross_entropy": describe_loss,
     "upsample_argmax": describe_argmax,
     "upsample_concat": describe_concat,
+    "conv_bn_relu": describe_conv_bn_relu,
+    "aspp": describe_aspp,
 }

@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from atrous_kernels.functional import conv2d, psp_conv, pyramid_pool, upsample_concat, upsample_cross_entropy
+from atrous_kernels.functional import (
+    ConvBN,
+    aspp,
+    conv2d,
+    conv_bn_relu,
+    psp_conv,
+    pyramid_pool,
+    upsample_concat,
+    upsample_cross_entropy,
+)
+from atrous_kernels.ops.aspp import check_image_pooling
 
 
 class Conv2d(torch.nn.Conv2d):
@@ -163,3 +173,186 @@ class PSPHead(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = cast(Tensor, self.cls[0].weight)
         return self.cls[1:](psp_conv(x, self.ppm.levels(x), weight, align_corners=self.ppm.align_corners))
+
+
+_ACTIVATIONS = {"relu": torch.nn.ReLU, "relu6": torch.nn.ReLU6, "none": torch.nn.Identity}
+
+
+class ConvBNReLU(torch.nn.Sequential):
+    """Convolution without bias, :class:`torch.nn.BatchNorm2d` and an activation as one op.
+
+    The state_dict is that of ``Sequential(Conv2d(..., bias=False), BatchNorm2d(...), ReLU())``: keys ``0.weight``, ``1.*``. The
+    submodules hold parameters and settings; their hooks are not called.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups: as in :class:`torch.nn.Conv2d`.
+        eps, momentum: as in :class:`torch.nn.BatchNorm2d` (momentum None: the plain average of all batches).
+        activation: ``"relu"``, ``"relu6"`` or ``"none"``.
+        sync: statistics of all processes of ``process_group`` (None: of all there are) where torch.distributed is
+            initialised, on the CPU too.
+        process_group: implies ``sync``.
+        backend: as in :func:`atrous_kernels.conv_bn_relu`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        activation: str = "relu",
+        sync: bool = False,
+        process_group: Any = None,
+        backend: str = "auto",
+    ) -> None:
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"activation={activation!r}: expected one of {', '.join(_ACTIVATIONS)}")
+        super().__init__(
+            Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=False, backend=backend),
+            torch.nn.BatchNorm2d(out_channels, eps=eps, momentum=momentum),
+            _ACTIVATIONS[activation](),
+        )
+        self.activation = activation
+        self.sync = sync or process_group is not None
+        self.process_group = process_group
+        self.backend = backend
+
+    def forward(self, input: Tensor) -> Tensor:
+        convolution, norm = cast(Conv2d, self[0]), cast(torch.nn.BatchNorm2d, self[1])
+        return conv_bn_relu(
+            input,
+            convolution.weight,
+            norm.weight,
+            norm.bias,
+            norm.running_mean,
+            norm.running_var,
+            stride=convolution.stride,
+            padding=convolution.padding,
+            dilation=convolution.dilation,
+            groups=convolution.groups,
+            training=norm.training,
+            momentum=count_batch(norm),
+            eps=norm.eps,
+            activation=self.activation,
+            process_group=_group_of(self),
+            backend=self.backend,
+        )
+
+
+def _group_of(module: Any) -> Any:
+    if not (module.sync and torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    return module.process_group or torch.distributed.group.WORLD
+
+
+def count_batch(norm: torch.nn.BatchNorm2d) -> float:
+    """In training, count the batch as ``BatchNorm2d.forward`` does; the weight of this batch in the running statistics."""
+    if norm.training and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            return 1.0 / float(norm.num_batches_tracked)
+    return 0.0 if norm.momentum is None else norm.momentum
+
+
+def _conv_bn(layers: Any, first: int = 0) -> ConvBN:
+    """``layers[first]`` and ``layers[first + 1]`` as the op takes them."""
+    convolution, norm = layers[first], layers[first + 1]
+    statistics = norm.weight, norm.bias, norm.running_mean, norm.running_var
+    return ConvBN(convolution.weight, *statistics, convolution.dilation, norm.training, count_batch(norm), norm.eps)
+
+
+class ImagePooling(torch.nn.Sequential):
+    """Image-level features (DeepLabv3, section 3.3): global average, 1x1 convolution, BatchNorm, ReLU, spread over the map.
+
+    Input ``[N, C, H, W]``, output ``[N, out_channels, H, W]``, constant over each image.
+
+    Raises:
+        ValueError: one image in training, where BatchNorm would have a single value per channel.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, backend: str = "auto") -> None:
+        super().__init__(
+            torch.nn.AdaptiveAvgPool2d(1),
+            Conv2d(in_channels, out_channels, 1, bias=False, backend=backend),
+            torch.nn.BatchNorm2d(out_channels),
+            torch.nn.ReLU(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_image_pooling(x.shape[0], self[2].training)
+        # Bilinear interpolation of a single pixel is that pixel everywhere.
+        return super().forward(x).expand(-1, -1, x.shape[2], x.shape[3])
+
+
+class ASPP(torch.nn.Module):
+    """Atrous spatial pyramid pooling (DeepLabv3, section 3.3) as :func:`atrous_kernels.aspp`, then dropout.
+
+    Branches: 1x1, 3x3 at each rate, image pooling; projection to ``out_channels``. Order and state_dict keys (``convs.*``,
+    ``project.*``) are torchvision's. Input ``[N, in_channels, H, W]``, output ``[N, out_channels, H, W]``. The submodules hold
+    parameters and settings; their hooks are not called.
+
+    Args:
+        rates: of the 3x3 convolutions.
+        image_pooling: with the image-level branch.
+        dropout: after the projection (torchvision 0.5, the paper's code 0.1).
+        sync, process_group, backend: as in :class:`ConvBNReLU`.
+
+    Raises:
+        ValueError: rates that are not positive integers, ``out_channels`` below 1; in training, one image with image pooling.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int = 256,
+        rates: Sequence[int] = (6, 12, 18),
+        image_pooling: bool = True,
+        *,
+        dropout: float = 0.5,
+        sync: bool = False,
+        process_group: Any = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.rates = tuple(rates)
+        if not all(isinstance(rate, int) and rate >= 1 for rate in self.rates):
+            raise ValueError(f"rates={self.rates}: expected positive integers, for example (6, 12, 18), or ()")
+        if out_channels < 1:
+            raise ValueError(f"width of ASPP is {out_channels}: expected a positive integer")
+        self.sync = sync or process_group is not None
+        self.process_group = process_group
+        self.backend = backend
+        branches: list[torch.nn.Module] = [self._layer(in_channels, out_channels, 1, 1)]
+        branches += [self._layer(in_channels, out_channels, 3, rate) for rate in self.rates]
+        if image_pooling:
+            branches.append(ImagePooling(in_channels, out_channels, backend=backend))
+        self.convs = torch.nn.ModuleList(branches)
+        project = self._layer(len(branches) * out_channels, out_channels, 1, 1)
+        self.project = torch.nn.Sequential(*project, torch.nn.Dropout(dropout))
+
+    def _layer(self, in_channels: int, out_channels: int, kernel: int, rate: int) -> torch.nn.Sequential:
+        return ConvBNReLU(
+            in_channels, out_channels, kernel, padding=rate * (kernel // 2), dilation=rate, backend=self.backend,
+            sync=self.sync, process_group=self.process_group,
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooling = self.convs[-1] if isinstance(self.convs[-1], ImagePooling) else None
+        local = self.convs if pooling is None else self.convs[:-1]
+        if pooling is not None:
+            check_image_pooling(x.shape[0], cast(Any, pooling)[2].training and _group_of(self) is None)
+        out = aspp(
+            x,
+            [_conv_bn(branch) for branch in local],
+            _conv_bn(self.project),
+            None if pooling is None else _conv_bn(pooling, 1),
+            process_group=_group_of(self),
+            backend=self.backend,
+        )
+        return self.project[3](out)

@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from atrous_kernels import nn as kernels
 from atrous_kernels.nn import Conv2d
 from segmodels.backbones.base import set_geometry
 
@@ -43,30 +44,7 @@ def conv_bn_relu(
     return nn.Sequential(*layers)
 
 
-class ImagePooling(nn.Sequential):
-    """Image-level features (DeepLabv3, section 3.3): global average, 1x1 convolution, BatchNorm, ReLU, spread over the map.
-
-    Input ``[N, C, H, W]``, output ``[N, out_channels, H, W]``, constant over each image.
-
-    Raises:
-        ValueError: one image in training, where BatchNorm would have a single value per channel.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(nn.AdaptiveAvgPool2d(1), *conv_bn_relu(in_channels, out_channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[0] == 1 and self[2].training:
-            raise ValueError(
-                "training with a batch of 1: BatchNorm of the image pooling branch has one value per channel, so no "
-                "statistics. Use a batch of at least 2 (drop an incomplete last batch), image_pooling=False, or keep "
-                "BatchNorm in eval mode"
-            )
-        # Bilinear interpolation of a single pixel is that pixel everywhere.
-        return super().forward(x).expand(-1, -1, x.shape[2], x.shape[3])
-
-
-class ASPP(nn.Module):
+class ASPP(kernels.ASPP):
     """Parallel 1x1 and 3x3 convolutions at several rates and image pooling, concatenated and projected.
 
     Input ``[N, in_channels, H, W]``, output ``[N, out_channels, H, W]``.
@@ -91,20 +69,15 @@ class ASPP(nn.Module):
         image_pooling: bool = True,
         dropout: float = 0.5,
     ) -> None:
-        super().__init__()
-        self.rates = tuple(rates)
-        if not all(isinstance(rate, int) and rate >= 1 for rate in self.rates):
-            raise ValueError(f"rates={self.rates}: expected positive integers, for example (6, 12, 18), or ()")
-        if out_channels < 1:
-            raise ValueError(f"width of ASPP is {out_channels}: expected a positive integer")
-        branches: list[nn.Module] = [conv_bn_relu(in_channels, out_channels)]
-        branches += [conv_bn_relu(in_channels, out_channels, 3, rate, separable=separable) for rate in self.rates]
-        if image_pooling:
-            branches.append(ImagePooling(in_channels, out_channels))
-        self.convs = nn.ModuleList(branches)
-        self.project = nn.Sequential(*conv_bn_relu(len(branches) * out_channels, out_channels), nn.Dropout(dropout))
+        self.separable = separable
+        super().__init__(in_channels, out_channels, rates, image_pooling, dropout=dropout)
+
+    def _layer(self, in_channels: int, out_channels: int, kernel: int, rate: int) -> nn.Sequential:
+        return conv_bn_relu(in_channels, out_channels, kernel, rate, separable=self.separable and kernel > 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.separable:
+            return super().forward(x)
         return self.project(torch.cat([branch(x) for branch in self.convs], dim=1))
 
     def set_output_stride(self, output_stride: int) -> None:
