@@ -82,9 +82,10 @@ def test_every_object_stays_the_same_one_and_unswap_leaves_no_trace() -> None:
     model = _net()
     before, tensors, text = _state(model), _tensors(model), repr(model)
     report = ak.swap(model)
-    assert [line.path for line in report.swapped] == ["stem.0", "body.0", "body.3", "body.5", "classifier"]
+    convolutions = ["stem.0", "body.0", "body.3", "body.5", "classifier"]
+    assert [line.path for line in report.swapped] == [*convolutions, "stem[0:3]", "body[0:3]", "body[5:7]"]
     assert not report.left
-    assert all(isinstance(model.get_submodule(line.path), ak.nn.Conv2d) for line in report.swapped)
+    assert all(isinstance(model.get_submodule(path), ak.nn.Conv2d) for path in convolutions)
     assert [entry[1] for entry in _state(model)] == [entry[1] for entry in before]
     assert _same_state_dict(tensors, _tensors(model))
     ak.unswap(model)
@@ -270,7 +271,11 @@ def test_a_deeplab_written_like_torchvisions() -> None:
         expected = model(x)
         report = ak.swap(model)
         ours = model(x)
-    assert len(report.swapped) == sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    assert sum(line.what == "Conv2d" for line in report.swapped) == sum(isinstance(m, nn.Conv2d) for m in model.modules())
+    chains = {line.path: line.what for line in report.swapped if line.what != "Conv2d"}
+    assert chains["classifier.0.convs.2[0:3]"] == chains["classifier.0.convs.4[1:4]"] == "Conv2d + BatchNorm2d + ReLU"
+    assert chains["backbone.layer1.0.downsample[0:2]"] == "Conv2d + BatchNorm2d"
+    assert len(chains) == 4 + 6 + 1 + 1
     assert not report.left
     assert list(model.state_dict()) == keys
     for key, truth in expected.items():
@@ -278,6 +283,122 @@ def test_a_deeplab_written_like_torchvisions() -> None:
         assert (ours[key] - truth).abs().max() <= 1e-4 * truth.abs().max()
 
 
-def test_models_built_on_ours_are_left_as_they_are() -> None:
-    model = segmodels.create_model("deeplabv3_resnet18", num_classes=3, output_stride=16)
-    assert not ak.swap(model).swapped
+def test_chains_of_our_own_convolutions_run_as_one_and_stay_ours() -> None:
+    model = segmodels.create_model("deeplabv3_resnet18", num_classes=3, output_stride=16).eval()
+    before = _state(model)
+    x = torch.randn(1, 3, 65, 65)
+    with torch.no_grad():
+        expected = model(x)["out"]
+        report = ak.swap(model)
+        torch.testing.assert_close(model(x)["out"], expected, **CLOSE)
+    assert {line.left for line in report.lines if line.what == "Conv2d"} == {"already ours"}
+    assert "classifier.0.convs.1[0:3]" in [line.path for line in report.swapped]
+    ak.unswap(model)
+    assert _state(model) == before
+
+
+class Block(nn.Sequential):
+    """As torchvision's: a Sequential that only adds an __init__."""
+
+    def __init__(self, cin: int, cout: int, **options: Any) -> None:
+        super().__init__(nn.Conv2d(cin, cout, 3, padding=1, **options), nn.BatchNorm2d(cout), nn.ReLU(inplace=True))
+
+
+class Doubled(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval().requires_grad_(False)
+    return model
+
+
+CHAINS: dict[str, Callable[[], nn.Module]] = {
+    "subclass": lambda: Block(3, 8),
+    "bias": lambda: Block(3, 8, bias=True),
+    "depthwise, ReLU6": lambda: nn.Sequential(nn.Conv2d(3, 6, 3, groups=3, bias=False), nn.BatchNorm2d(6), nn.ReLU6()),
+    "no affine part": lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8, affine=False), nn.ReLU()),
+    "plain average": lambda: nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8, momentum=None), nn.ReLU()),
+    "other activation": lambda: nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 2, 1)),
+    "two": lambda: nn.Sequential(*Block(3, 8), *Block(8, 4)),
+    "frozen": lambda: _frozen(Block(3, 8, bias=True)),
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", CHAINS)
+def test_chains(name: str, training: bool) -> None:
+    models = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        model = CHAINS[name]().train(training)
+        for norm in (m for m in model if isinstance(m, nn.BatchNorm2d)):
+            norm.running_mean.uniform_(-1, 1)
+            norm.running_var.uniform_(0.5, 2)
+        models.append(_frozen(model) if name == "frozen" else model)
+    ours, theirs = models
+    assert ak.swap(ours).swapped[-1].path.endswith("]")
+    for _ in range(2):
+        x = torch.randn(2, 3, 9, 8)
+        results = [model(x) for model in models]
+        torch.testing.assert_close(*results, **CLOSE)
+        for result in results:
+            result.square().sum().backward()
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None)
+        if b.grad is not None:
+            # Sums over 144 pixels of products of order 10.
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_a_chain_notices_what_is_changed_later() -> None:
+    model = Block(3, 8).eval()
+    ak.swap(model)
+    x = torch.randn(1, 3, 9, 9)
+    expected = model(x)
+    seen = []
+    handle = model[1].register_forward_hook(lambda module, args, output: seen.append(output))
+    torch.testing.assert_close(model(x), expected, **CLOSE)
+    torch.testing.assert_close(seen[0].relu(), expected, **CLOSE)
+    handle.remove()
+    model.insert(1, nn.Identity())
+    torch.testing.assert_close(model(x), expected, **CLOSE)
+    torch.testing.assert_close(model[0](x), nn.functional.conv2d(x, model[0].weight, model[0].bias, padding=1), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: Doubled(*Block(3, 8)), "the Sequential has a forward of its own"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.SyncBatchNorm(8)), "got Conv2d and SyncBatchNorm"),
+        (lambda: nn.Sequential(Mine(3, 8, 1), nn.BatchNorm2d(8)), "got .*Mine and BatchNorm2d"),
+        (lambda: Block(3, 8, padding_mode="circular"), "padding mode circular"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8, track_running_stats=False)), "no running statistics"),
+        (lambda: nn.Sequential(torch.nn.utils.weight_norm(nn.Conv2d(3, 8, 1)), nn.BatchNorm2d(8)), "hooks inside"),
+    ],
+)
+def test_chains_that_stay_apart_and_why(make: Callable[[], nn.Module], reason: str) -> None:
+    model = make()
+    kind = type(model)
+    line = ak.swap(model).left[-1]
+    assert line.path.startswith("[0:")
+    assert re.search(reason, line.left)
+    assert type(model) is kind
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_autocast(training: bool) -> None:
+    ours, theirs = _net().train(training), _net().train(training)
+    ak.swap(ours)
+    x = torch.randn(2, 3, 17, 17)
+    with torch.autocast("cpu", torch.bfloat16):
+        a, b = ours(x), theirs(x)
+    assert a.dtype == b.dtype
+    # Both round to 8 bits after every layer.
+    torch.testing.assert_close(a, b, rtol=0.1, atol=0.1)
