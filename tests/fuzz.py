@@ -275,9 +275,53 @@ def run_upsample(p: Problem) -> Results:
     yield "gradient", grad, true_grad, 8 * rounding * (1 if p["reduction"] == "mean" else max(target[:1].numel(), 1))
 
 
+# conv_bn_relu -----------------------------------------------------------------------------------------------------------
+
+
+def draw_conv_bn_relu(rng: Random) -> Problem:
+    while True:
+        problem = draw_conv2d(rng)
+        values = problem["batch"] * _conv_out(problem)[0] * _conv_out(problem)[1]
+        if values > 1:  # of a single value per channel there are no statistics
+            changes = dict(dtype=rng.choice(["float32", "float64"]), bias=False, training=rng.random() < 0.6)
+            return problem | changes | dict(activation=rng.choice(["relu", "relu6", "none"]), affine=rng.random() < 0.8)
+
+
+def run_conv_bn_relu(p: Problem) -> Results:
+    x, w, g, _ = _conv_operands(p)
+    generator = torch.Generator().manual_seed(p["seed"] + 4)
+    scale, shift, mean, var = (torch.rand(p["c_out"], generator=generator, dtype=torch.float64) + 0.5 for _ in range(4))
+    norm = [scale, shift - 1, 9 * mean - 9, var] if p["affine"] else [None, None, 9 * mean - 9, var]
+    names = ("stride", "padding", "dilation", "groups")
+    geometry = {name: tuple(p[name]) if name != "groups" else p[name] for name in names}
+    results = []
+    for dtype in (x.dtype, torch.float64):
+        leaves = [x.to(dtype).requires_grad_(), w.to(dtype).requires_grad_()]
+        rest = [None if each is None else each.to(dtype, copy=True) for each in norm]
+        if dtype is torch.float64 and results:
+            conv = F.conv2d(*leaves, None, **geometry)
+            out = F.batch_norm(conv, rest[2], rest[3], *rest[:2], p["training"])
+            out = {"relu": out.relu(), "relu6": F.relu6(out), "none": out}[p["activation"]]
+        else:
+            options = dict(training=p["training"], activation=p["activation"], backend="cpu")
+            out = ak.conv_bn_relu(*leaves, *rest, **geometry, **options)
+        results.append([out.detach(), rest[2], rest[3], *torch.autograd.grad(out, leaves, g.to(dtype))])
+    ours, truth = results
+    # Rounding of the mean is magnified by the inverse deviation, which is at most eps**-0.5 = 316 where a channel is constant.
+    inverse = (conv.var((0, 2, 3), correction=0).min() + 1e-5).rsqrt().item() if p["training"] else 1.5
+    rounding = 32 * torch.finfo(x.dtype).eps * (1 + conv.abs().max().item()) * (1 + inverse)
+    yield "output", ours[0], truth[0], rounding
+    yield "running_mean", ours[1], truth[1], rounding
+    yield "running_var", ours[2], truth[2], rounding * (1 + conv.abs().max().item())
+    if x.dtype is torch.float64:  # in fp32 a value may round across the activation's edge, and its whole gradient with it
+        for name, at in (("grad_input", 3), ("grad_weight", 4)):
+            yield name, ours[at], truth[at], 1e-8 * (1 + truth[at].abs().max().item())
+
+
 OPS = {
     "conv2d": Op(draw_conv2d, run_conv2d),
     "conv2d_winograd": Op(draw_winograd, run_winograd),
+    "conv_bn_relu": Op(draw_conv_bn_relu, run_conv_bn_relu),
     "pyramid_pool": Op(draw_pyramid, run_pyramid),
     "upsample": Op(draw_upsample, run_upsample),
 }
