@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 import atrous_kernels as ak
 from benchmarks.measure import DEVICE, ceilings, interleave, percentiles
@@ -71,6 +72,7 @@ def _call(case: Case, function: Callable[..., Tensor], tensors: list[Tensor], up
             return [function(*leaves, *running, case)]
 
     def both() -> list[Tensor]:
+        increment_version(leaves)  # as an optimiser's step does: nobody may keep prepared weights
         out = function(*leaves, *running, case)
         return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
 
