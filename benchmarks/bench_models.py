@@ -1,8 +1,9 @@
-"""Whole networks: the same model and weights on our convolutions and on the framework's.
+"""Whole networks: the same model and weights on our kernels and on the framework's own modules.
 
     pytest benchmarks/bench_models.py --benchmark-enable --benchmark-json=benchmarks/results/models_cpu.json
 
-A training step is forward, loss on logits upsampled to the labels, backward and the optimiser's step. Inference cases marked
+A training step is forward, loss on logits upsampled to the labels (ours fused, as segmodels trains), backward and the
+optimiser's step. Inference cases marked
 ``peers`` also run torch.compile with frozen weights, ONNX Runtime and OpenVINO (in fp32, with the same number of threads), where
 `pip install .[peers]` has put them.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ import atrous_kernels as ak
 from benchmarks.measure import Call, interleave, percentiles
 from segmodels import create_model
 from segmodels.engine.build import keep_freed_memory
+from segmodels.heads.aspp import ASPP
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -60,61 +63,74 @@ def _calls(case: Case) -> dict[str, Call]:
     calls: dict[str, Call] = {}
     for layout, memory_format in LAYOUTS.items():
         torch.manual_seed(0)
-        model = create_model(case.model, num_classes=case.classes).to(memory_format=memory_format).train(case.train)
+        model = create_model(case.model, num_classes=case.classes).train(case.train)
         x = image.contiguous(memory_format=memory_format)
-        optimizer = torch.optim.SGD(model.parameters(), 1e-4)
-
-        def step(model: Any = model, x: torch.Tensor = x, optimizer: Any = optimizer) -> torch.Tensor:
-            with torch.autocast("cpu", torch.bfloat16, enabled=case.amp):
-                if not case.train:
-                    with torch.inference_mode():
-                        return model(x)["out"]
-                loss = F.cross_entropy(model(x)["out"].float(), label)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            return loss.detach()
-
-        for name, backend in (("ours auto", "auto"), ("torch", "torch")):
-
-            def call(step: Call = step, backend: str = backend) -> torch.Tensor:
-                with ak.backend(backend):
-                    return step()
-
-            calls[f"{name} {layout}"] = call
+        for name, mine, loss in (("ours auto", model, _fused_loss), ("torch", plain(model), _plain_loss)):
+            calls[f"{name} {layout}"] = _call(case, mine.to(memory_format=memory_format), loss, x, label)
     if case.peers:
-        calls |= {name: call for name, call in _peers(model, x).items() if call is not None}
+        calls |= _peers(plain(model), x)
     return calls
 
 
-def _peers(model: torch.nn.Module, x: torch.Tensor) -> dict[str, Call | None]:
-    """What else a user would serve the model with; None where it is not installed."""
-    with ak.backend("torch"), torch.inference_mode():
-        frozen = torch.compile(model, options={"freezing": True})
-        frozen(x)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        return {"torch.compile frozen": _compiled(frozen, x), **_onnx_peers(model, x, path)}
+def _fused_loss(model: Any, x: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    return ak.upsample_cross_entropy(model.logits(x)["out"], label)
 
 
-def _compiled(model: Any, x: torch.Tensor) -> Call:
-    def call() -> torch.Tensor:
-        with ak.backend("torch"), torch.inference_mode():
+def _plain_loss(model: Any, x: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(model(x)["out"].float(), label)
+
+
+def _call(case: Case, model: Any, loss_of: Callable[..., torch.Tensor], x: torch.Tensor, label: torch.Tensor) -> Call:
+    optimizer = torch.optim.SGD(model.parameters(), 1e-4)
+
+    def infer() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=case.amp), torch.inference_mode():
             return model(x)["out"]
 
-    return call
+    def step() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=case.amp):
+            loss = loss_of(model, x, label)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step if case.train else infer
 
 
-def _onnx_peers(model: torch.nn.Module, x: torch.Tensor, path: Path) -> dict[str, Call | None]:
+def plain(model: torch.nn.Module) -> torch.nn.Module:
+    """The same network and weights in the framework's own modules: convolutions, and ASPP as their composition."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, ak.nn.Conv2d):
+            module.__class__ = torch.nn.Conv2d
+        if isinstance(module, ASPP):
+            module.separable = True  # it then calls its branches one by one and concatenates
+    return model
+
+
+def _peers(model: torch.nn.Module, x: torch.Tensor) -> dict[str, Call]:
+    """What else a user would serve the model with, where it is installed."""
+    compiled = torch.compile(model, options={"freezing": True})
+
+    def call() -> torch.Tensor:
+        with torch.inference_mode():
+            return compiled(x)["out"]
+
+    call()
+    with tempfile.TemporaryDirectory() as folder:
+        return {"torch.compile frozen": call, **_onnx_peers(model, x, Path(folder) / "model.onnx")}
+
+
+def _onnx_peers(model: torch.nn.Module, x: torch.Tensor, path: Path) -> dict[str, Call]:
     try:
         import onnxruntime
         import openvino
         import openvino.properties.hint as hint
     except ImportError:
         return {}
-    plain = _Plain(model).eval()
     with torch.no_grad():
-        torch.onnx.export(plain, (x.contiguous(),), path, input_names=["image"], output_names=["out"], dynamo=True)
+        torch.onnx.export(model, (x.contiguous(),), path, input_names=["image"], output_names=["out"], dynamo=True)
     threads = torch.get_num_threads()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -127,20 +143,6 @@ def _onnx_peers(model: torch.nn.Module, x: torch.Tensor, path: Path) -> dict[str
         "ONNX Runtime": lambda: torch.from_numpy(session.run(None, {"image": image})[0]),
         "OpenVINO": lambda: torch.from_numpy(compiled([image])[0]),
     }
-
-
-class _Plain(torch.nn.Module):
-    """The network as a graph of the framework's own convolutions, with one output."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = copy.deepcopy(model)
-        for module in self.model.modules():
-            if isinstance(module, ak.nn.Conv2d):
-                module.__class__ = torch.nn.Conv2d
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self.model(image)["out"]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from atrous_kernels.functional import conv2d
+from atrous_kernels.functional import conv2d, conv_bn_relu
 from atrous_kernels.nn import Conv2d
 
 OUTPUT_STRIDES = (8, 16, 32)
@@ -108,3 +108,29 @@ class SamePaddedConv2d(Conv2d):
         front = (centred_h - shift_h, centred_w - shift_w)
         input = F.pad(input, (0, shift_w, 0, shift_h))
         return conv2d(input, weight, bias, self.stride, front, self.dilation, self.groups, backend=self.backend)
+
+
+def conv_bn(convolution: Conv2d, norm: nn.BatchNorm2d, x: Tensor, activation: str = "relu") -> Tensor:
+    """Convolution, BatchNorm and ``activation`` (``"relu"`` or ``"none"``); in inference, one pass after the convolution.
+
+    Modules with hooks and convolutions of another class run one by one, so that nothing is skipped.
+    """
+    hooked = convolution._forward_hooks or convolution._forward_pre_hooks or norm._forward_hooks or norm._forward_pre_hooks
+    if norm.training or torch.is_grad_enabled() or hooked or type(convolution) is not Conv2d:
+        y = norm(convolution(x))
+        return F.relu(y, inplace=True) if activation == "relu" else y
+    return conv_bn_relu(
+        x,
+        convolution.weight,
+        norm.weight,
+        norm.bias,
+        norm.running_mean,
+        norm.running_var,
+        stride=convolution.stride,
+        padding=convolution.padding,
+        dilation=convolution.dilation,
+        groups=convolution.groups,
+        eps=norm.eps,
+        activation=activation,
+        backend=convolution.backend,
+    )

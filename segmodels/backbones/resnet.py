@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atrous_kernels.nn import Conv2d
-from segmodels.backbones.base import Backbone, Geometry, plan_geometry, set_geometry
+from segmodels.backbones.base import Backbone, Geometry, conv_bn, plan_geometry, set_geometry
 
 WIDTHS = (64, 128, 256, 512)
 
@@ -47,7 +47,9 @@ class _Block(nn.Module):
             )
 
     def _shortcut(self, x: Tensor) -> Tensor:
-        return x if self.downsample is None else self.downsample(x)
+        if self.downsample is None:
+            return x
+        return conv_bn(cast(Conv2d, self.downsample[0]), cast(nn.BatchNorm2d, self.downsample[1]), x, "none")
 
     def _set_shortcut_stride(self, stride: int) -> None:
         if self.downsample is not None:
@@ -68,8 +70,8 @@ class BasicBlock(_Block):
         self._init_shortcut(in_channels, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return F.relu(self.bn2(self.conv2(y)) + self._shortcut(x), inplace=True)
+        y = conv_bn(self.conv1, self.bn1, x)
+        return F.relu(conv_bn(self.conv2, self.bn2, y, "none") + self._shortcut(x), inplace=True)
 
     def set_geometry(self, geometry: Geometry) -> None:
         set_geometry(self.conv1, geometry.stride, geometry.first_rate)
@@ -94,9 +96,8 @@ class Bottleneck(_Block):
         self._init_shortcut(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
-        return F.relu(self.bn3(self.conv3(y)) + self._shortcut(x), inplace=True)
+        y = conv_bn(self.conv2, self.bn2, conv_bn(self.conv1, self.bn1, x))
+        return F.relu(conv_bn(self.conv3, self.bn3, y, "none") + self._shortcut(x), inplace=True)
 
     def set_geometry(self, geometry: Geometry) -> None:
         set_geometry(self.conv2, geometry.stride, geometry.first_rate)
@@ -161,7 +162,7 @@ class ResNet(Backbone):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = conv_bn(self.conv1, self.bn1, x)
         x = F.max_pool2d(x, 3, stride=2, padding=1)
         low = self.layer1(x)
         aux = self.layer3(self.layer2(low))
