@@ -37,9 +37,7 @@ _library.define(
     "batch_norm_act_train_backward(Tensor grad, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor moment, "
     "float eps, str activation, str backend) -> (Tensor, Tensor, Tensor)"
 )
-_library.define(
-    "batch_norm_act_(Tensor(a!) input, Tensor mean, Tensor scale, Tensor shift, str activation, str backend) -> ()"
-)
+_library.define("batch_norm_act_(Tensor(a!) input, Tensor mean, Tensor scale, Tensor shift, str activation, str backend) -> ()")
 
 
 # Choosing -------------------------------------------------------------------------------------------------------------
@@ -117,7 +115,6 @@ dispatch.register(
 _PASSES: dict[str, Passes] = {"cpu": _native_pass, "reference": _reference_pass}
 
 
-@torch.compiler.assume_constant_result
 def choose(backend: str, dtype: torch.dtype, device_type: str, training: bool, synchronised: bool, activation: str) -> str:
     """The name of the implementation. Sizes do not enter: the convolution inside chooses its own by them."""
     if backend == dispatch.AUTO:
@@ -130,6 +127,10 @@ def choose(backend: str, dtype: torch.dtype, device_type: str, training: bool, s
         problem = ConvBnReluProblem(dtype, device_type, training, synchronised, activation)
         found = dispatch.choose("conv_bn_relu", problem, backend, key)
     return found.name
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import the whole compiler, and Triton with it.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # Training -------------------------------------------------------------------------------------------------------------
