@@ -153,7 +153,7 @@ def test_conv2d(benchmark: Any, case: Case) -> None:
     torch.backends.cudnn.benchmark = True  # the framework's best setting; nothing on the CPU
     calls, truth, problem = candidates(case)
     errors = {name: _error(call(), truth) for name, call in calls.items()}  # also compiles
-    times, rounds = interleave(benchmark, calls, "ours auto channels_last")
+    times, rounds = interleave(benchmark, calls, "ours auto channels_last", budget=4.0)
     passes = 3 if case.backward else 1
     flops, bandwidth = ceilings(case.dtype)
     floor = passes * problem.roofline_seconds(flops, bandwidth)

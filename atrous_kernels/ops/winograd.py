@@ -24,6 +24,8 @@ def can_run(problem: ConvProblem) -> str | None:
         return f"is for float32, not for {problem.dtype}"
     if problem.kernel != (3, 3) or problem.stride != (1, 1):
         return "is for 3x3 kernels of stride 1"
+    if problem.is_depthwise:
+        return "is for dense convolution: its products are between channels"
     if min(problem.in_channels, problem.out_channels) == 0:
         return "needs channels"
     if dispatch.precision_mode() == "ieee":
@@ -33,7 +35,7 @@ def can_run(problem: ConvProblem) -> str | None:
 
 def loses(problem: ConvProblem) -> str | None:
     """None, or the reason why automatic choice passes it over: a cost model (docs/kernels.md), checked by benchmarks."""
-    if problem.is_depthwise or min(problem.in_channels, problem.out_channels) // problem.groups < 32:
+    if min(problem.in_channels, problem.out_channels) // problem.groups < 32:
         return "transforms cost too much below 32 channels per group"
     cost, direct = problem.winograd_cost(winograd_tile(problem)), problem.direct_cost()
     return None if cost < 0.9 * direct else f"would need {cost / direct:.0%} of the direct kernel's work"
