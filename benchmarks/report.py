@@ -90,7 +90,8 @@ def convolution_section(result: dict[str, Any]) -> str:
 Milliseconds, medians of interleaved rounds in one process. *Ratio, best to best*: the fastest of the framework's four
 settings (contiguous, channels-last, each also under `torch.compile`) over the faster of our two layouts; above 1 we are faster.
 *Of the floor*: the roofline time of the valid taps alone (matrix-product rate and copy bandwidth measured in the same run)
-over our time; Winograd's algorithm needs fewer multiplications than there are taps, so it can pass 100 %. *Error*: largest difference from float64 over the root mean square of the float64 result.
+over our time; Winograd's algorithm needs fewer multiplications than there are taps, so it can pass 100 %.
+*Error*: largest difference from float64 over the root mean square of the float64 result.
 
 {table(header, cells)}
 
