@@ -138,8 +138,10 @@ def test_against_float64(name: str, dtype: torch.dtype, layout: str, backend: st
 def cases(draw: st.DrawFn) -> dict[str, Any]:
     side = lambda most: (draw(st.integers(1, most)), draw(st.integers(1, most)))  # noqa: E731
     hard_fraction = draw(st.sampled_from([1.0, 0.25]))
-    # Smoothed to the full, losses no longer depend on the label: on flat logits all are equal, and rounding picks the hardest.
+    # Where logits are flat (one pixel wide, or beyond the outermost centres) losses are equal, and rounding picks the hardest. With
+    # one label that shows only in which pixels `none` keeps; smoothed to the full, all labels are as good as one.
     smoothing = [0.0, 0.1, 1.0] if hard_fraction == 1 else [0.0, 0.1]
+    reduction = ["mean", "sum", "none"] if hard_fraction == 1 else ["mean", "sum"]
     return _case(
         n=draw(st.integers(1, 3)),
         c=draw(st.integers(1, 40)),
@@ -148,7 +150,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         align_corners=draw(st.booleans()),
         weighted=draw(st.booleans()),
         options=dict(
-            reduction=draw(st.sampled_from(["mean", "sum", "none"])),
+            reduction=draw(st.sampled_from(reduction)),
             label_smoothing=draw(st.sampled_from(smoothing)),
             hard_fraction=hard_fraction,
         ),
@@ -156,7 +158,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(case=cases(), nhwc=st.booleans())
 def test_random_problems(case: dict[str, Any], nhwc: bool, backend: str) -> None:
     _skip_unless_runnable(backend)
