@@ -138,8 +138,8 @@ def test_against_float64(name: str, dtype: torch.dtype, layout: str, backend: st
 def cases(draw: st.DrawFn) -> dict[str, Any]:
     side = lambda most: (draw(st.integers(1, most)), draw(st.integers(1, most)))  # noqa: E731
     hard_fraction = draw(st.sampled_from([1.0, 0.25]))
-    # Where logits are flat (one pixel wide, or beyond the outermost centres) losses are equal, and rounding picks the hardest. With
-    # one label that shows only in which pixels `none` keeps; smoothed to the full, all labels are as good as one.
+    # Where logits are flat (one pixel wide, or beyond the outermost centres) losses are equal, and rounding picks the hardest.
+    # With one label that shows only in which pixels `none` keeps; smoothed to the full, all labels are as good as one.
     smoothing = [0.0, 0.1, 1.0] if hard_fraction == 1 else [0.0, 0.1]
     reduction = ["mean", "sum", "none"] if hard_fraction == 1 else ["mean", "sum"]
     return _case(
