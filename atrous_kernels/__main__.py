@@ -15,7 +15,8 @@ from importlib import metadata, util
 import torch
 
 import atrous_kernels
-from atrous_kernels import dispatch, functional, native
+from atrous_kernels import dispatch, native
+from atrous_kernels.arguments import describe
 
 _OPS = ("conv2d", "conv2d_input", "conv2d_weight")
 
@@ -85,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ValueError(f"{name} {sizes}: expected four sizes, none negative")
         # The explanation needs sizes and strides, not memory.
         input, weight = (torch.empty(s, dtype=dtype, device="meta", memory_format=layout) for s in (args.input, args.weight))
-        problem = replace(functional.describe(input, weight, None, *geometry), device_type=args.device)
+        problem = replace(describe(input, weight, None, *geometry), device_type=args.device)
         print(dispatch.explain(args.op, problem, args.backend))
     except (RuntimeError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -225,24 +225,36 @@ class ConvBNReLU(torch.nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         convolution, norm = cast(Conv2d, self[0]), cast(torch.nn.BatchNorm2d, self[1])
-        return conv_bn_relu(
-            input,
-            convolution.weight,
-            norm.weight,
-            norm.bias,
-            norm.running_mean,
-            norm.running_var,
-            stride=convolution.stride,
-            padding=convolution.padding,
-            dilation=convolution.dilation,
-            groups=convolution.groups,
-            training=norm.training,
-            momentum=count_batch(norm),
-            eps=norm.eps,
-            activation=self.activation,
-            process_group=_group_of(self),
-            backend=self.backend,
-        )
+        return as_one(input, convolution, norm, norm.bias, self.activation, _group_of(self))
+
+
+def as_one(
+    input: Tensor,
+    convolution: Conv2d,
+    norm: torch.nn.BatchNorm2d,
+    shift: Tensor | None,
+    activation: str = "relu",
+    process_group: Any = None,
+) -> Tensor:
+    """The two modules and ``activation`` as :func:`atrous_kernels.conv_bn_relu`; ``shift`` stands for the bias of ``norm``."""
+    return conv_bn_relu(
+        input,
+        convolution.weight,
+        norm.weight,
+        shift,
+        norm.running_mean,
+        norm.running_var,
+        stride=convolution.stride,
+        padding=convolution.padding,
+        dilation=convolution.dilation,
+        groups=convolution.groups,
+        training=norm.training,
+        momentum=count_batch(norm),
+        eps=norm.eps,
+        activation=activation,
+        process_group=process_group,
+        backend=convolution.backend,
+    )
 
 
 def _group_of(module: Any) -> Any:

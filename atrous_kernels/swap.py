@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from atrous_kernels.functional import conv_bn_relu
-from atrous_kernels.nn import Conv2d, count_batch
+from atrous_kernels.nn import Conv2d, as_one
 
 # The class a swapped module had before; its presence says that swap() was here, not the model's author.
 _ORIGINAL = "_atrous_original"
@@ -243,20 +242,4 @@ def _run_chain(conv: Any, norm: Any, activation: str, input: Tensor) -> Tensor:
         scale = torch.rsqrt(norm.running_var + norm.eps)
         scale = scale if norm.weight is None else scale * norm.weight
         shift = conv.bias * scale if shift is None else torch.addcmul(shift, conv.bias, scale)
-    return conv_bn_relu(
-        input,
-        conv.weight,
-        norm.weight,
-        shift,
-        norm.running_mean,
-        norm.running_var,
-        stride=conv.stride,
-        padding=conv.padding,
-        dilation=conv.dilation,
-        groups=conv.groups,
-        training=norm.training,
-        momentum=count_batch(norm),
-        eps=norm.eps,
-        activation=activation,
-        backend=conv.backend,
-    )
+    return as_one(input, conv, norm, shift, activation)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 import atrous_kernels as ak
+from atrous_kernels.arguments import describe
 from benchmarks.measure import DEVICE, ceilings, interleave, percentiles
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -122,7 +123,7 @@ def test_aspp(benchmark: Any, case: Case) -> None:
     weights = [branch[0].weight for branch in ours.convs[:-1]]
     rates = (1, *case.rates)
     problems = [
-        ak.functional.describe(x, w, padding=r * (w.shape[2] // 2), dilation=r) for w, r in zip(weights, rates, strict=True)
+        describe(x, w, padding=r * (w.shape[2] // 2), dilation=r) for w, r in zip(weights, rates, strict=True)
     ]
     passes = 3 if case.train else 1
     benchmark.extra_info.update(

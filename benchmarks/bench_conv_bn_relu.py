@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 import atrous_kernels as ak
+from atrous_kernels.arguments import describe
 from benchmarks.measure import DEVICE, ceilings, interleave, percentiles
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -106,7 +107,7 @@ def test_conv_bn_relu(benchmark: Any, case: Case) -> None:
     errors = {name: _error(call(), truth) for name, call in calls.items()}  # also compiles
     times, rounds = interleave(benchmark, calls, "ours auto channels_last")
     geometry = dict(padding=case.rate, dilation=case.rate)
-    problem = ak.functional.describe(x, w, **geometry)
+    problem = describe(x, w, **geometry)
     flops, bandwidth = ceilings(torch.float32)
     floor = (3 if case.train else 1) * problem.roofline_seconds(flops, bandwidth)
     benchmark.extra_info.update(

@@ -7,6 +7,7 @@ the gradient back. Differentiated again (``create_graph=True``), the backward is
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -304,7 +305,8 @@ class _SynchronisedTrain(torch.autograd.Function):
         ctx.save_for_backward(input, weight, bias, mean, moment)
         ctx.mark_non_differentiable(mean, moment)
         ctx.rest = count, eps, activation
-        ctx.backend, ctx.group = backend, group
+        # Weakly: a graph that is still there when the process exits must not keep the group's threads alive past its end.
+        ctx.backend, ctx.group = backend, weakref.ref(group)
         return output, mean, moment, count
 
     @staticmethod
@@ -313,10 +315,13 @@ class _SynchronisedTrain(torch.autograd.Function):
             raise NotImplementedError("conv_bn_relu with a process group is differentiable once: no create_graph=True")
         input, weight, bias, mean, moment = ctx.saved_tensors
         count, eps, activation = ctx.rest
+        group = ctx.group()
+        if group is None:
+            raise RuntimeError("conv_bn_relu: the process group of the forward pass was destroyed before the backward pass")
 
         def merge(total: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
             both = torch.stack([total, product])
-            torch.distributed.all_reduce(both, group=ctx.group)
+            torch.distributed.all_reduce(both, group=group)
             return both[0], both[1]
 
         d_input, d_weight, d_bias = train_gradients(

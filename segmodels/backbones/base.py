@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from atrous_kernels.functional import conv2d, conv_bn_relu
-from atrous_kernels.nn import Conv2d
+from atrous_kernels.functional import conv2d
+from atrous_kernels.nn import Conv2d, as_one
 
 OUTPUT_STRIDES = (8, 16, 32)
 
@@ -119,18 +119,4 @@ def conv_bn(convolution: Conv2d, norm: nn.BatchNorm2d, x: Tensor, activation: st
     if norm.training or torch.is_grad_enabled() or hooked or type(convolution) is not Conv2d:
         y = norm(convolution(x))
         return F.relu(y, inplace=True) if activation == "relu" else y
-    return conv_bn_relu(
-        x,
-        convolution.weight,
-        norm.weight,
-        norm.bias,
-        norm.running_mean,
-        norm.running_var,
-        stride=convolution.stride,
-        padding=convolution.padding,
-        dilation=convolution.dilation,
-        groups=convolution.groups,
-        eps=norm.eps,
-        activation=activation,
-        backend=convolution.backend,
-    )
+    return as_one(x, convolution, norm, norm.bias, activation)

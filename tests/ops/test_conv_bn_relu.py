@@ -381,6 +381,13 @@ except NotImplementedError as error:
 else:
     raise AssertionError("differentiated twice")
 dist.destroy_process_group()
+try:
+    torch.autograd.grad(out, x, g)
+except RuntimeError as error:
+    assert "was destroyed" in str(error), error
+else:
+    raise AssertionError("reached a group that is gone")
+# The graph of `out` outlives the group: leaving now must not abort.
 """
 
 
