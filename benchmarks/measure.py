@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable
 from functools import cache
+from random import Random
 from typing import Any
 
 import torch
@@ -32,12 +33,12 @@ def seconds(call: Call) -> float:
 
 
 def interleave(benchmark: Any, calls: dict[str, Call], ours: str, budget: float = 5.0) -> tuple[dict[str, list[float]], int]:
-    """Times every call once per round, in an order that rotates; ``ours`` is what the plugin times itself.
+    """Times every call once per round, in a random order (nobody always follows the same one and finds its caches warm).
 
     Args:
         benchmark: the fixture of pytest-benchmark.
         calls: per name a call, already warm.
-        ours: the key of ``calls`` that the plugin's own statistics describe.
+        ours: the key of ``calls`` that the plugin itself times.
         budget: seconds to spend; 5 rounds at least, 200 at most.
 
     Returns:
@@ -46,13 +47,10 @@ def interleave(benchmark: Any, calls: dict[str, Call], ours: str, budget: float 
     once = sum(seconds(call) for call in calls.values())
     rounds = min(max(int(budget / once), 5), 200)
     times: dict[str, list[float]] = {name: [] for name in calls}
-    turn = 0
+    random = Random(0)
 
     def round_of_all() -> None:
-        nonlocal turn
-        turn = (turn + 1) % len(calls)
-        names = list(calls)
-        for name in names[turn:] + names[:turn]:
+        for name in random.sample(list(calls), len(calls)):
             times[name].append(seconds(calls[name]))
 
     gc.disable()
