@@ -108,10 +108,34 @@ def input_grad_axis(
 FLOPS_PER_BYTE = 8
 
 
-def _tiles(extent: int, rate: int, tile: int) -> int:
-    """Tiles along an axis whose phases modulo ``rate`` are tiled one by one."""
-    whole, longer = divmod(extent, rate)
-    return (rate - longer) * -(-whole // tile) + longer * -(-(whole + 1) // tile)
+@dataclass(frozen=True)
+class WinogradAxis:
+    """How Winograd's algorithm cuts an axis of a 3x3 convolution of stride 1 (docs/kernels.md)."""
+
+    points: int  # of a tile
+    tiles: int
+    products: int  # over all tiles, the points that each of them needs
+
+
+def short_phases(axis: Axis) -> bool:
+    """Whether every phase has at most two pixels, whose taps beyond each other fall outside the source."""
+    rate, n_out = axis.tap_step, axis.n_out
+    none_before = axis.src_offset + min(rate, n_out) <= 0
+    none_behind = max(n_out - rate, 0) + axis.src_offset + 2 * rate >= axis.n_src
+    return n_out <= 2 * rate and none_before and none_behind
+
+
+@lru_cache(maxsize=4096)
+def winograd_axis(axis: Axis, tile: int) -> WinogradAxis:
+    """The axis in tiles of ``tile`` written pixels, or of whole phases where these are short."""
+    written, points, shared = (2, 3, 1) if short_phases(axis) else (tile, tile + 2, tile + 1)
+    tiles = products = 0
+    length, longer = divmod(axis.n_out, axis.tap_step)
+    for count, pixels in ((axis.tap_step - longer, length), (longer, length + 1)):
+        each = -(-pixels // written)
+        tiles += count * each
+        products += count * (each * points - (points - shared if pixels % written else 0))
+    return WinogradAxis(points, tiles, products)
 
 
 @lru_cache(maxsize=4096)
@@ -193,14 +217,20 @@ class ConvProblem:
         weights = self.out_channels * (self.in_channels // self.groups) * self.kernel[0] * self.kernel[1]
         return self.valid_flops + FLOPS_PER_BYTE * 2 * weights * self.dtype.itemsize
 
+    def winograd_axes(self, tile: int, input_gradient: bool = False) -> tuple[WinogradAxis, WinogradAxis]:
+        """The (height, width) axes as Winograd's algorithm cuts them."""
+        axes = self.axes()
+        if input_gradient:  # the taps from last to first
+            axes = tuple(replace(a, n_out=a.n_src, n_src=a.n_out, src_offset=-a.src_offset - 2 * a.tap_step) for a in axes)
+        return winograd_axis(axes[0], tile), winograd_axis(axes[1], tile)
+
     def winograd_cost(self, tile: int) -> float:
         """Work of Winograd's algorithm in flops, with the transforms of weights, source and sums as memory traffic."""
-        height, width = self.out_size
-        points = (tile + 2) ** 2
-        tiles = self.batch * _tiles(height, self.dilation[0], tile) * _tiles(width, self.dilation[1], tile)
+        rows, columns = self.winograd_axes(tile)
+        points = rows.points * columns.points
         weights = self.out_channels * (self.in_channels // self.groups) * (9 + 2 * points)
-        images = points * tiles * (self.in_channels + self.out_channels)
-        return points * tiles * self._flops_per_tap() / max(self.batch, 1) + FLOPS_PER_BYTE * 4 * (weights + images)
+        images = points * self.batch * rows.tiles * columns.tiles * (self.in_channels + self.out_channels)
+        return self._flops_per_tap() * rows.products * columns.products + FLOPS_PER_BYTE * 4 * (weights + images)
 
     def roofline_seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
         """The floor: the larger of valid arithmetic and compulsory traffic."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -43,41 +43,39 @@ def loses(problem: ConvProblem) -> str | None:
 
 def conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
     """As the native ``conv2d``, by Winograd's algorithm."""
-    tile = _tile(input.shape, weight.shape[0], geometry)
-    ready = _transformed(weight, geometry[3], tile, False)
+    tile, ready = _plan(input.shape, weight, geometry, False)
     return torch.ops.atrous_native.conv2d_winograd(input, weight, ready, bias, *geometry, tile)
 
 
 def conv2d_input(input_size: Ints, weight: Tensor, grad_output: Tensor, *geometry: Any) -> Tensor:
     """As the native ``conv2d_input``, by Winograd's algorithm."""
-    tile = _tile(input_size, weight.shape[0], geometry)
-    ready = _transformed(weight, geometry[3], tile, True)
+    tile, ready = _plan(input_size, weight, geometry, True)
     return torch.ops.atrous_native.conv2d_input_winograd(input_size, weight, ready, grad_output, *geometry, tile)
 
 
 def conv2d_weight(input: Tensor, weight_size: Ints, grad_output: Tensor, *geometry: Any) -> Tensor:
     """As the native ``conv2d_weight``, by the transpose of Winograd's algorithm."""
-    tile = _tile(input.shape, weight_size[0], geometry)
+    tile = winograd_tile(_problem(input.shape, weight_size[0], geometry))
     return torch.ops.atrous_native.conv2d_weight_winograd(input, weight_size, grad_output, *geometry, tile)
 
 
-def _tile(input_size: Ints, out_channels: int, geometry: tuple[Any, ...]) -> int:
-    _, (top, left), (rate_h, rate_w), groups = geometry
-    batch, channels, height, width = input_size
-    return winograd_tile(
-        ConvProblem(
-            batch,
-            channels,
-            out_channels,
-            (height, width),
-            kernel=(3, 3),
-            padding=(top, left),
-            dilation=(rate_h, rate_w),
-            groups=groups,
-        )
+def _plan(input_size: Ints, weight: Tensor, geometry: tuple[Any, ...], input_gradient: bool) -> tuple[int, Tensor | None]:
+    """The tile, and the transformed weight where it is kept."""
+    problem = _problem(input_size, weight.shape[0], geometry)
+    tile = winograd_tile(problem)
+    points = tuple(axis.points for axis in problem.winograd_axes(tile, input_gradient))
+    transform = partial(torch.ops.atrous_native.winograd_weight, weight, input_size, *geometry, tile, input_gradient)
+    return tile, prepared(weight, ("winograd", points, problem.groups, input_gradient), transform)
+
+
+@lru_cache(maxsize=4096)
+def _problem_of(sizes: tuple[int, ...], padding: tuple[int, int], rate: tuple[int, int], groups: int) -> ConvProblem:
+    batch, channels, height, width, out_channels = sizes
+    return ConvProblem(
+        batch, channels, out_channels, (height, width), kernel=(3, 3), padding=padding, dilation=rate, groups=groups
     )
 
 
-def _transformed(weight: Tensor, groups: int, tile: int, input_gradient: bool) -> Tensor | None:
-    transform = partial(torch.ops.atrous_native.winograd_weight, weight, groups, tile, input_gradient)
-    return prepared(weight, ("winograd", groups, tile, input_gradient), transform)
+def _problem(input_size: Ints, out_channels: int, geometry: tuple[Any, ...]) -> ConvProblem:
+    _, padding, rate, groups = geometry
+    return _problem_of((*input_size, out_channels), tuple(padding), tuple(rate), groups)

@@ -82,9 +82,10 @@ Correlation winograd_job(const WinogradShape& s, ConstTensor src, ConstTensor we
 }  // namespace
 
 void conv2d(const Conv2dShape& s, DType dtype, ConstTensor input, ConstTensor weight, const void* packed,
-            const void* bias, MutableTensor output) {
+            const void* bias, MutableTensor output, const Finish& finish) {
   Correlation job = forward_job(s, input, weight, bias, output);
   job.packed = packed;
+  job.finish = finish;
   correlate(job, dtype, is_depthwise(s));
 }
 
@@ -118,8 +119,10 @@ void winograd_weight(const WinogradShape& shape, ConstTensor weight, float* tran
 }
 
 void conv2d_winograd(const WinogradShape& shape, ConstTensor src, ConstTensor weight, const float* transformed,
-                     const void* bias, MutableTensor dst) {
-  winograd_correlate(winograd_job(shape, src, weight, bias, dst), shape.tile, transformed);
+                     const void* bias, MutableTensor dst, const Finish& finish) {
+  Correlation job = winograd_job(shape, src, weight, bias, dst);
+  job.finish = finish;
+  winograd_correlate(job, shape.tile, transformed);
 }
 
 void conv2d_weight_winograd(const WinogradShape& shape, ConstTensor input, ConstTensor grad_output,

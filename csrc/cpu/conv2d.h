@@ -41,9 +41,9 @@ inline bool is_depthwise(const Conv2dShape& s) {
 }
 
 // bias: out_channels contiguous values of the same dtype, or null. packed: by pack_conv2d_weight, or null; not for
-// depthwise convolution, whose weights are small.
+// depthwise convolution, whose weights are small. finish: out_channels values.
 void conv2d(const Conv2dShape& shape, DType dtype, ConstTensor input, ConstTensor weight, const void* packed,
-            const void* bias, MutableTensor output);
+            const void* bias, MutableTensor output, const Finish& finish = {});
 int64_t packed_conv2d_weight_bytes(const Conv2dShape& shape, DType dtype);
 void pack_conv2d_weight(const Conv2dShape& shape, DType dtype, ConstTensor weight, void* packed);
 
@@ -63,7 +63,7 @@ struct WinogradShape {
 int64_t winograd_weight_elements(const WinogradShape& shape);
 void winograd_weight(const WinogradShape& shape, ConstTensor weight, float* transformed);
 void conv2d_winograd(const WinogradShape& shape, ConstTensor src, ConstTensor weight, const float* transformed,
-                     const void* bias, MutableTensor dst);
+                     const void* bias, MutableTensor dst, const Finish& finish = {});
 void conv2d_weight_winograd(const WinogradShape& shape, ConstTensor input, ConstTensor grad_output,
                             MutableTensor grad_weight);
 

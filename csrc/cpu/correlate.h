@@ -6,7 +6,7 @@
 
 namespace atrous::cpu {
 
-// dst[n, d, h, w] = bias[d] + sum over s and valid taps of src[n, s, h', w'] * weight[d, s, tap], per group.
+// dst[n, d, h, w] = finish(bias[d] + sum over s and valid taps of src[n, s, h', w'] * weight[d, s, tap]), per group.
 struct Correlation {
   int64_t batch, groups;
   int64_t src_channels, dst_channels;  // per group
@@ -17,6 +17,7 @@ struct Correlation {
   int64_t weight_group, weight_dst, weight_src, weight_tap_h, weight_tap_w;
   const void* bias;
   const void* packed;  // the weights by pack_dense_weight, or null
+  Finish finish;       // of all groups' channels
 
   int64_t taps() const { return h.taps * w.taps; }
   double flops() const {

@@ -91,7 +91,7 @@ template <class S, class A> class DenseCorrelation {
     int64_t padded = 0;
     for (const Panel& panel : layout_.panels) padded += panel.width;
     Scratch packed(job_.packed == nullptr ? static_cast<size_t>(layout_.elements) * sizeof(A) : 0);
-    Scratch bias(static_cast<size_t>(padded) * sizeof(Acc));
+    Scratch bias(static_cast<size_t>(3 * padded) * sizeof(Acc));
     const int64_t chunk_channels = layout_.chunks.front().padded;
     const std::vector<Slab> slabs = make_slabs(job_, staged_, chunk_channels * static_cast<int64_t>(sizeof(A)));
     int64_t stage_elements = 0;
@@ -101,6 +101,8 @@ template <class S, class A> class DenseCorrelation {
     Scratch stage(staged_ ? static_cast<size_t>(stage_elements) * sizeof(A) : 0);
     packed_ = packed.as<A>();
     bias_ = bias.as<Acc>();
+    scale_ = bias_ + padded;
+    shift_ = scale_ + padded;
     stage_ = stage.as<A>();
 
     for (int64_t group = 0; group < job_.groups; ++group) {
@@ -112,6 +114,11 @@ template <class S, class A> class DenseCorrelation {
       if (job_.bias != nullptr)
         for (int64_t i = 0; i < job_.dst_channels; ++i)
           bias_[i] = convert_value<S, Acc>(static_cast<const S*>(job_.bias)[group * job_.dst_channels + i]);
+      if (job_.finish.scale != nullptr) {
+        std::fill_n(scale_, 2 * padded, Acc{0});
+        std::copy_n(static_cast<const Acc*>(job_.finish.scale) + group * job_.dst_channels, job_.dst_channels, scale_);
+        std::copy_n(static_cast<const Acc*>(job_.finish.shift) + group * job_.dst_channels, job_.dst_channels, shift_);
+      }
       for (const Slab& slab : slabs) run_slab(slab);
     }
   }
@@ -273,7 +280,10 @@ template <class S, class A> class DenseCorrelation {
                     a,
                     c,
                     chunk.first == 0 ? bias_ + panel.first : nullptr,
-                    direct_ ? panel.columns : panel.width};
+                    direct_ ? panel.columns : panel.width,
+                    {}};
+    if (job_.finish.scale != nullptr && chunk.first + chunk.channels == job_.src_channels)
+      tile.finish = {scale_ + panel.first, shift_ + panel.first, job_.finish.low, job_.finish.high};
     const int64_t tall = mm_.rows_of[panel.vectors];
     for (int64_t first = 0; first < item.pixels; first += tall) {
       const int64_t rows = std::min(tall, item.pixels - first);
@@ -305,7 +315,7 @@ template <class S, class A> class DenseCorrelation {
   int64_t threads_, group_ = 0, sums_elements_ = 0;
   const A* packed_ = nullptr;
   A* stage_ = nullptr;
-  Acc* bias_ = nullptr;
+  Acc *bias_ = nullptr, *scale_ = nullptr, *shift_ = nullptr;  // padded to whole panels
   Slab slab_{};
   const char* src_ = nullptr;  // the source, or its staged chunk, whose first image and row are src_image_ and src_row_
   Strides src_strides_{};

@@ -34,7 +34,8 @@ template <class S> void correlate(const Correlation& job) {
             w.stop - w.start, channels, h.tap_stop - h.tap_start, w.tap_stop - w.tap_start,
             static_cast<const S*>(job.src.data) + (n * s.n + y0 * s.h + x0 * s.w), job.w.src_step * s.w,
             job.h.tap_step * s.h, job.w.tap_step * s.w, weight + (h.tap_start * job.w.taps + w.tap_start) * channels,
-            job.w.taps * channels, bias, static_cast<S*>(job.dst.data) + (n * d.n + y * d.h + w.start * d.w), d.w});
+            job.w.taps * channels, bias, static_cast<S*>(job.dst.data) + (n * d.n + y * d.h + w.start * d.w), d.w,
+            clamp_of(job)});
       }
     }
   });

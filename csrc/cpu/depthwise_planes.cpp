@@ -101,7 +101,7 @@ template <class S> void correlate(const Correlation& job) {
         plane_kernels<Acc>().correlate(PlaneCorrelation{
             r.h.stop - r.h.start, r.w.stop - r.w.start, static_cast<int64_t>(r.tap.size()), staged.as<Acc>(),
             h.src_step * phase.size(), r.offset.data(), weights.data(), bias + c,
-            result.as<Acc>() + r.h.start * dst_row + r.w.start, dst_row});
+            result.as<Acc>() + r.h.start * dst_row + r.w.start, dst_row, clamp_of(job)});
       }
       S* to = static_cast<S*>(job.dst.data) + n * d.n + c * d.c;
       copy_matrix(job.h.n_out, job.w.n_out, result.as<Acc>(), dst_row, 1, to, d.h, d.w);

@@ -17,6 +17,7 @@ struct MatmulTile {
   void* const* c;           // [rows]
   const void* bias;         // [columns], written together with the first products; null: add to c
   int64_t columns;          // columns of c that exist
+  Finish finish;            // whole vectors of scale and shift can be read
 };
 using Matmul = void (*)(const MatmulTile&);
 
@@ -49,6 +50,11 @@ struct OuterKernels {
 
 // Depthwise convolution ------------------------------------------------------------------------------------------------
 
+struct Clamp {
+  bool on;
+  double low, high;
+};
+
 // NHWC: dst[p][c] = bias[c] + sum over taps of src[p][tap offset + c] * weight[tap][c], for a run of pixels that share
 // their valid taps. Steps are in elements.
 struct DepthwiseRun {
@@ -62,6 +68,7 @@ struct DepthwiseRun {
   const void* bias;                       // [channels], accumulator type
   void* dst;
   int64_t dst_step;
+  Clamp clamp;
 };
 
 // NHWC: sum[tap][c] += sum over the pixels of src[p][tap * src_tap_step + c] * grad[p][c], for one row of the kernel.
@@ -84,6 +91,7 @@ struct PlaneCorrelation {
   const void* bias;           // one value
   void* dst;
   int64_t dst_row;
+  Clamp clamp;
 };
 
 // lanes_sum[x % lanes] += sum over y of a[y][x] * b[y][x]. Reads up to `slack` elements past a row.

@@ -3,7 +3,8 @@
 // With rate r, written pixels whose positions are equal modulo r form a grid (a phase) on which the convolution has rate 1,
 // so a tile of F(m x m, 3 x 3) takes its (m + 2)^2 source pixels r apart, where they lie: nothing is rearranged. Per block
 // of tiles: transform the source, one matrix product per point (tiles x source channels x written channels), transform
-// back.
+// back. Where the rate is so large that a phase has one or two pixels, three products do for them (TileForm::phase2), and
+// tiles that reach beyond the image leave out the points that only their missing pixels need.
 #include "winograd.h"
 
 #include <array>
@@ -18,11 +19,40 @@ namespace {
 // Transformed source and sums of one block of tiles: small enough to stay in a shared cache.
 constexpr int64_t block_bytes = 16 << 20;
 constexpr int64_t staged_channels = 64;
-constexpr int64_t max_points = (max_winograd_tile + 2) * (max_winograd_tile + 2);
+constexpr int64_t max_pixels = max_tile_side * max_tile_side;
 
 const WinogradKernels& winograd_kernels() { return table<WinogradKernels>(); }
 
 int64_t round_up(int64_t size, int64_t step) { return ceil_div(size, step) * step; }
+
+// The tiles along one axis.
+struct Tiling {
+  Axis axis;
+  TileForm form;
+  TileSizes size;
+  std::vector<int64_t> starts;  // first written positions, ascending
+  int64_t whole;                // of these, the leading ones whose pixels all lie in the image
+
+  Tiling(const Axis& of, int64_t tile) : axis(of), form(form_of(of, tile)), size(tile_sizes[form]), whole(0) {
+    for (int64_t phase = 0; phase < std::min(axis.tap_step, axis.n_out); ++phase)
+      for (int64_t first = phase; first < axis.n_out; first += size.written * axis.tap_step) starts.push_back(first);
+    std::sort(starts.begin(), starts.end());
+    for (const int64_t start : starts) whole += start + (size.written - 1) * axis.tap_step < axis.n_out;
+  }
+
+  int64_t tiles() const { return static_cast<int64_t>(starts.size()); }
+  bool needs(int64_t tile, int64_t point) const { return tile < (point < size.shared ? tiles() : whole); }
+  int64_t first_read() const { return axis.src_offset + size.first_tap * axis.tap_step; }  // by the tile at position 0
+
+ private:
+  // Its twin in Python is problem.py's short_phases.
+  static TileForm form_of(const Axis& a, int64_t tile) {
+    const int64_t rate = a.tap_step;
+    const bool none_before = a.src_offset + std::min(rate, a.n_out) <= 0;
+    const bool none_behind = std::max<int64_t>(a.n_out - rate, 0) + a.src_offset + 2 * rate >= a.n_src;
+    return a.n_out <= 2 * rate && none_before && none_behind ? phase2 : static_cast<TileForm>(f2 + tile - 2);
+  }
+};
 
 // Transformed weights of one group: [point][panel][source channel][column].
 struct Layout {
@@ -36,21 +66,13 @@ struct Layout {
         point_step(depth * columns + winograd_kernels().lanes) {}  // as in Points
 };
 
-// First written positions of the tiles of one axis, from top to bottom.
-std::vector<int64_t> tile_starts(const Axis& axis, int64_t tile) {
-  std::vector<int64_t> starts;
-  for (int64_t phase = 0; phase < std::min(axis.tap_step, axis.n_out); ++phase)
-    for (int64_t first = phase; first < axis.n_out; first += tile * axis.tap_step) starts.push_back(first);
-  std::sort(starts.begin(), starts.end());
-  return starts;
-}
-
-// A tensor of which tiles of side x side pixels are brought into the transformed domain, a row of tiles at a time.
+// A tensor of which tiles of rows x columns pixels are brought into the transformed domain, a row of tiles at a time.
 struct Reader {
   ConstTensor tensor;        // of the group
   int64_t channels, padded;  // as they are, and in whole vectors
   int64_t height, width;
-  int64_t side, top, left;   // first pixel of the tile that starts at position 0
+  int64_t rows, columns;
+  int64_t top, left;         // first pixel of the tile that starts at position 0
   void (*transform)(const float* const* pixels, int64_t vectors, float* points, int64_t point_step);
 
   bool in_place() const { return tensor.strides.c == 1 && channels == padded; }
@@ -72,17 +94,13 @@ struct Points {
 class Winograd {
  protected:
   Winograd(const Axis& h, const Axis& w, int64_t batch, int64_t tile, int64_t channels, double flops)
-      : h_(h),
-        w_(w),
-        tile_(tile),
-        side_(tile + 2),
-        points_(side_ * side_),
+      : h_(h, tile),
+        w_(w, tile),
+        points_(h_.size.points * w_.size.points),
         lanes_(winograd_kernels().lanes),
-        transforms_(winograd_kernels().tile[tile]),
-        rows_(tile_starts(h, tile)),
-        columns_(tile_starts(w, tile)),
-        tiles_per_row_(static_cast<int64_t>(columns_.size())),
-        total_rows_(batch * static_cast<int64_t>(rows_.size())),
+        transforms_(winograd_kernels().by[h_.form][w_.form]),
+        tiles_per_row_(w_.tiles()),
+        total_rows_(batch * h_.tiles()),
         threads_(threads_for(flops)) {
     const int64_t bytes = total_rows_ * points_ * tiles_per_row_ * channels * static_cast<int64_t>(sizeof(float));
     const int64_t blocks = std::clamp<int64_t>(ceil_div(bytes, block_bytes), 1, std::max<int64_t>(total_rows_, 1));
@@ -90,10 +108,9 @@ class Winograd {
     zeros_.resize(static_cast<size_t>(channels));
   }
 
-  // The source pixels of a tile: two more than it writes, in each direction.
   Reader source_reader(ConstTensor tensor, int64_t channels) const {
-    return {tensor, channels, round_up(channels, lanes_), h_.n_src, w_.n_src, side_, h_.src_offset, w_.src_offset,
-            transforms_.input};
+    return {tensor,         channels,      round_up(channels, lanes_), h_.axis.n_src,   w_.axis.n_src,
+            h_.size.read,   w_.size.read,  h_.first_read(),            w_.first_read(), transforms_.input};
   }
 
   // body(first row of tiles, rows) per block.
@@ -106,7 +123,7 @@ class Winograd {
   template <class Body> void for_pieces(int64_t rows, int64_t channels, bool in_place, const Body& body) const {
     const int64_t piece = in_place ? channels : std::min(staged_channels, channels);
     const int64_t pieces = ceil_div(channels, piece);
-    const int64_t pixels = in_place ? 0 : side_ * std::max(w_.n_src, w_.n_out);
+    const int64_t pixels = in_place ? 0 : max_tile_side * std::max(w_.axis.n_src, w_.axis.n_out);
     parallel(rows * pieces, threads_, [&](int64_t begin, int64_t end) {
       Scratch stage(static_cast<size_t>(pixels * piece) * sizeof(float));
       for (int64_t task = begin; task < end; ++task) {
@@ -116,8 +133,9 @@ class Winograd {
     });
   }
 
-  int64_t image_of(int64_t row) const { return (first_row_ + row) / static_cast<int64_t>(rows_.size()); }
-  int64_t start_of(int64_t row) const { return rows_[(first_row_ + row) % rows_.size()]; }
+  int64_t image_of(int64_t row) const { return (first_row_ + row) / h_.tiles(); }
+  int64_t tile_of(int64_t row) const { return (first_row_ + row) % h_.tiles(); }
+  int64_t start_of(int64_t row) const { return h_.starts[tile_of(row)]; }
 
   // The block's tiles of a tensor, transformed.
   void read(const Reader& from, int64_t rows, const Points& points, float* to) const {
@@ -131,9 +149,9 @@ class Winograd {
     const Strides& s = from.tensor.strides;
     const float* image = static_cast<const float*>(from.tensor.data) + image_of(row) * s.n + first * s.c;
     const int64_t pixel_step = from.in_place() ? s.w : channels;
-    std::array<const float*, max_winograd_tile + 2> lines;
-    for (int64_t i = 0; i < from.side; ++i) {
-      const int64_t y = start_of(row) + i * h_.tap_step + from.top;
+    std::array<const float*, max_tile_side> lines;
+    for (int64_t i = 0; i < from.rows; ++i) {
+      const int64_t y = start_of(row) + i * h_.axis.tap_step + from.top;
       const bool inside = y >= 0 && y < from.height;
       lines[i] = inside ? image + y * s.h : nullptr;
       if (from.in_place() || !inside) continue;
@@ -144,23 +162,22 @@ class Winograd {
         for (int64_t x = 0; x < from.width; ++x) std::fill(line + x * channels + real, line + (x + 1) * channels, 0.0f);
       lines[i] = line;
     }
-    std::array<const float*, max_points> pixels;
-    for (const int64_t start : columns_) {
-      for (int64_t j = 0; j < from.side; ++j) {
-        const int64_t x = start + j * w_.tap_step + from.left;
+    std::array<const float*, max_pixels> pixels;
+    for (const int64_t start : w_.starts) {
+      for (int64_t j = 0; j < from.columns; ++j) {
+        const int64_t x = start + j * w_.axis.tap_step + from.left;
         const bool inside = x >= 0 && x < from.width;
-        for (int64_t i = 0; i < from.side; ++i)
-          pixels[i * from.side + j] = inside && lines[i] != nullptr ? lines[i] + x * pixel_step : zeros_.data();
+        for (int64_t i = 0; i < from.rows; ++i)
+          pixels[i * from.columns + j] = inside && lines[i] != nullptr ? lines[i] + x * pixel_step : zeros_.data();
       }
       from.transform(pixels.data(), channels / lanes_, to, points.point_step);
       to += points.tile_step;
     }
   }
 
-  const Axis h_, w_;
-  const int64_t tile_, side_, points_, lanes_;
+  const Tiling h_, w_;
+  const int64_t points_, lanes_;
   const WinogradTransforms transforms_;
-  const std::vector<int64_t> rows_, columns_;
   const int64_t tiles_per_row_, total_rows_, threads_;
   int64_t rows_per_block_ = 0, first_row_ = 0;
   std::vector<float> zeros_;
@@ -178,85 +195,116 @@ class WinogradCorrelation : Winograd {
     const int64_t tiles = rows_per_block_ * tiles_per_row_;
     const Points source_points(tiles, layout_.depth), sums_points(tiles, layout_.columns);
     Scratch source(source_points.bytes(points_)), sums(sums_points.bytes(points_));
-    std::vector<float> bias(static_cast<size_t>(layout_.columns));
+    std::vector<float> bias(static_cast<size_t>(layout_.columns)), scale(bias), shift(bias);
     Reader from = source_reader(job_.src, job_.src_channels);
     for (int64_t group = 0; group < job_.groups; ++group) {
       from.tensor.data = static_cast<const float*>(job_.src.data) + group * job_.src_channels * job_.src.strides.c;
       float* dst = static_cast<float*>(job_.dst.data) + group * job_.dst_channels * job_.dst.strides.c;
       if (job_.bias != nullptr)
         std::copy_n(static_cast<const float*>(job_.bias) + group * job_.dst_channels, job_.dst_channels, bias.data());
+      if (job_.finish.scale != nullptr) {
+        std::copy_n(static_cast<const float*>(job_.finish.scale) + group * job_.dst_channels, job_.dst_channels, scale.data());
+        std::copy_n(static_cast<const float*>(job_.finish.shift) + group * job_.dst_channels, job_.dst_channels, shift.data());
+      }
       for_blocks([&](int64_t rows) {
         read(from, rows, source_points, source.as<float>());
-        multiply(rows * tiles_per_row_, source_points, source.as<float>(),
+        multiply(rows, source_points, source.as<float>(),
                  transformed + group * points_ * layout_.point_step, sums_points, sums.as<float>());
         for_pieces(rows, layout_.columns, write_in_place_, [&](int64_t row, int64_t first, int64_t channels, float* stage) {
-          write_row(row, first, channels, stage, sums_points, sums.as<float>(), bias.data() + first, dst + first * job_.dst.strides.c);
+          Finish finish = job_.finish;
+          if (finish.scale != nullptr) finish.scale = scale.data() + first, finish.shift = shift.data() + first;
+          write_row(row, first, channels, stage, sums_points, sums.as<float>(), bias.data() + first, finish,
+                    dst + first * job_.dst.strides.c);
         });
       });
     }
   }
 
  private:
-  void multiply(int64_t tiles, const Points& source_points, const float* source, const float* transformed,
+  // The block's tiles that need a point, or do not.
+  std::vector<int64_t> tiles_by_need(int64_t rows, int64_t point, bool needed) const {
+    std::vector<int64_t> found;
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t column = 0; column < tiles_per_row_; ++column) {
+        const bool needs = h_.needs(tile_of(row), point / w_.size.points) && w_.needs(column, point % w_.size.points);
+        if (needs == needed) found.push_back(row * tiles_per_row_ + column);
+      }
+    return found;
+  }
+
+  void multiply(int64_t rows, const Points& source_points, const float* source, const float* transformed,
                 const Points& sums_points, float* sums) const {
-    const MatmulKernels& mm = matmul_kernels<float>();
     const int64_t panels = static_cast<int64_t>(layout_.taps.panels.size());
-    constexpr int64_t depth_piece = 512;  // of a panel of weights that stays in a second-level cache
-    const int64_t zero = 0;
-    parallel(points_ * panels, threads_, [&](int64_t begin, int64_t end) {
-      const char* a[max_rows];
-      void* c[max_rows];
+    std::vector<std::vector<int64_t>> tiles, others;
+    std::vector<int64_t> cost;
+    for (int64_t point = 0; point < points_; ++point) {
+      tiles.push_back(tiles_by_need(rows, point, true));
+      others.push_back(tiles_by_need(rows, point, false));
+      for (const Panel& panel : layout_.taps.panels)
+        cost.push_back(static_cast<int64_t>(tiles.back().size() + 1) * panel.vectors);
+    }
+    parallel_by_cost(cost, threads_, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t point = task / panels;
         const Panel& panel = layout_.taps.panels[task % panels];
-        const float* weight = transformed + point * layout_.point_step + layout_.depth * panel.first;
-        const float* from = source + point * source_points.point_step;
         float* to = sums + point * sums_points.point_step + panel.first;
-        const int64_t tall = mm.rows_of[panel.vectors];
-        for (int64_t k = 0; k < layout_.depth; k += depth_piece) {
-          const void* b = weight + k * panel.width;
-          const int64_t depth = std::min(depth_piece, layout_.depth - k);
-          const MatmulTile product{1, depth, &zero, &b, a, c, k == 0 ? zeros_.data() : nullptr, panel.width};
-          for (int64_t first = 0; first < tiles; first += tall) {
-            const int64_t count = std::min(tall, tiles - first);
-            for (int64_t i = 0; i < count; ++i) {
-              a[i] = reinterpret_cast<const char*>(from + (first + i) * source_points.tile_step + k);
-              c[i] = to + (first + i) * sums_points.tile_step;
-            }
-            mm.kernel[panel.vectors][count](product);
-          }
-        }
+        for (const int64_t tile : others[point]) std::fill_n(to + tile * sums_points.tile_step, panel.width, 0.0f);
+        multiply_point(tiles[point], panel, source + point * source_points.point_step, source_points.tile_step,
+                       transformed + point * layout_.point_step + layout_.depth * panel.first, to, sums_points.tile_step);
       }
     });
   }
 
+  void multiply_point(const std::vector<int64_t>& tiles, const Panel& panel, const float* source, int64_t source_step,
+                      const float* weight, float* sums, int64_t sums_step) const {
+    const MatmulKernels& mm = matmul_kernels<float>();
+    constexpr int64_t depth_piece = 512;  // of a panel of weights that stays in a second-level cache
+    const int64_t zero = 0, count = static_cast<int64_t>(tiles.size()), tall = mm.rows_of[panel.vectors];
+    const char* a[max_rows];
+    void* c[max_rows];
+    for (int64_t k = 0; k < layout_.depth; k += depth_piece) {
+      const void* b = weight + k * panel.width;
+      const int64_t depth = std::min(depth_piece, layout_.depth - k);
+      const MatmulTile product{1, depth, &zero, &b, a, c, k == 0 ? zeros_.data() : nullptr, panel.width, {}};
+      for (int64_t first = 0; first < count; first += tall) {
+        const int64_t rows = std::min(tall, count - first);
+        for (int64_t i = 0; i < rows; ++i) {
+          a[i] = reinterpret_cast<const char*>(source + tiles[first + i] * source_step + k);
+          c[i] = sums + tiles[first + i] * sums_step;
+        }
+        mm.kernel[panel.vectors][rows](product);
+      }
+    }
+  }
+
   void write_row(int64_t row, int64_t first, int64_t channels, float* stage, const Points& points, float* sums,
-                 const float* bias, float* dst) const {
+                 const float* bias, const Finish& finish, float* dst) const {
     const Strides& d = job_.dst.strides;
     float* image = dst + image_of(row) * d.n;
     const int64_t pixel_step = write_in_place_ ? d.w : channels;
-    std::array<float*, max_winograd_tile> lines;
-    for (int64_t i = 0; i < tile_; ++i) {
-      const int64_t y = start_of(row) + i * h_.tap_step;
-      lines[i] = y >= h_.n_out ? nullptr : write_in_place_ ? image + y * d.h : stage + i * w_.n_out * channels;
+    const int64_t rate = h_.axis.tap_step, width = w_.axis.n_out;
+    std::array<float*, max_tile_side> lines;
+    for (int64_t i = 0; i < h_.size.written; ++i) {
+      const int64_t y = start_of(row) + i * rate;
+      lines[i] = y >= h_.axis.n_out ? nullptr : write_in_place_ ? image + y * d.h : stage + i * width * channels;
     }
-    std::array<float*, max_points> pixels;
+    std::array<float*, max_pixels> pixels;
     float* from = sums + row * tiles_per_row_ * points.tile_step + first;
-    for (const int64_t start : columns_) {
+    for (const int64_t start : w_.starts) {
       // Of a tile that reaches beyond the image, the pixels outside go where its first sums were, which are read by then.
-      for (int64_t j = 0; j < tile_; ++j) {
-        const int64_t x = start + j * w_.tap_step;
-        for (int64_t i = 0; i < tile_; ++i)
-          pixels[i * tile_ + j] = lines[i] != nullptr && x < w_.n_out ? lines[i] + x * pixel_step : from;
+      for (int64_t j = 0; j < w_.size.written; ++j) {
+        const int64_t x = start + j * w_.axis.tap_step;
+        for (int64_t i = 0; i < h_.size.written; ++i)
+          pixels[i * w_.size.written + j] = lines[i] != nullptr && x < width ? lines[i] + x * pixel_step : from;
       }
-      transforms_.output(from, points.point_step, channels / lanes_, bias, pixels.data());
+      transforms_.output(from, points.point_step, channels / lanes_, bias, finish, pixels.data());
       from += points.tile_step;
     }
     if (write_in_place_) return;
     const int64_t real = std::min(channels, job_.dst_channels - first);
-    for (int64_t i = 0; i < tile_; ++i)
+    for (int64_t i = 0; i < h_.size.written; ++i)
       if (lines[i] != nullptr)
-        copy_matrix(w_.n_out, real, lines[i], channels, 1, image + (start_of(row) + i * h_.tap_step) * d.h, d.w, d.c);
+        copy_matrix(width, real, lines[i], channels, 1, image + (start_of(row) + i * rate) * d.h, d.w, d.c);
   }
 
   const Correlation& job_;
@@ -279,7 +327,7 @@ class WinogradWeightGradient : Winograd {
         groups_(s.groups),
         input_(source_reader(input, s.in_channels / s.groups)),
         grad_output_{grad_output, s.out_channels / s.groups, round_up(s.out_channels / s.groups, lanes_), s.out_h, s.out_w,
-                     tile, 0, 0, transforms_.gradient},
+                     h_.size.written, w_.size.written, 0, 0, transforms_.gradient},
         grad_weight_(grad_weight) {}
 
   void run() {
@@ -295,8 +343,7 @@ class WinogradWeightGradient : Winograd {
       for_blocks([&](int64_t tile_rows) {
         read(input_, tile_rows, input_points, input.as<float>());
         read(grad_output_, tile_rows, grad_points, grad.as<float>());
-        multiply(tile_rows * tiles_per_row_, input_points, input.as<float>(), grad_points, grad.as<float>(), weight_points,
-                 weight.as<float>());
+        multiply(tile_rows, input_points, input.as<float>(), grad_points, grad.as<float>(), weight_points, weight.as<float>());
       });
       write(group, weight_points, weight.as<float>());
       input_.tensor.data = static_cast<const float*>(input_.tensor.data) + input_.channels * input_.tensor.strides.c;
@@ -306,20 +353,44 @@ class WinogradWeightGradient : Winograd {
   }
 
  private:
-  void multiply(int64_t tiles, const Points& input_points, const float* input, const Points& grad_points, const float* grad,
+  // Runs [first, last) of the block's rows of tiles that need a point: all, or per image the leading ones.
+  std::vector<std::pair<int64_t, int64_t>> row_runs(int64_t rows, int64_t point) const {
+    if (point < h_.size.shared || h_.whole == h_.tiles()) return {{0, rows}};
+    std::vector<std::pair<int64_t, int64_t>> runs;
+    for (int64_t row = 0; row < rows; row += h_.tiles() - tile_of(row)) {
+      const int64_t last = std::min(row + h_.whole - tile_of(row), rows);
+      if (last > row) runs.emplace_back(row, last);
+    }
+    return runs;
+  }
+
+  void multiply(int64_t rows, const Points& input_points, const float* input, const Points& grad_points, const float* grad,
                 const Points& weight_points, float* weight) const {
     const OuterKernels& outer = outer_kernels<float>();
     const int64_t widest = outer.vectors * lanes_;
     const int64_t panels = ceil_div(grad_output_.padded, widest);
-    parallel(points_ * panels, threads_, [&](int64_t begin, int64_t end) {
+    const int64_t input_row = tiles_per_row_ * input_points.tile_step, grad_row = tiles_per_row_ * grad_points.tile_step;
+    std::vector<std::vector<std::pair<int64_t, int64_t>>> runs;
+    std::vector<int64_t> cost, columns;
+    for (int64_t point = 0; point < points_; ++point) {
+      runs.push_back(row_runs(rows, point / w_.size.points));
+      columns.push_back(point % w_.size.points < w_.size.shared ? tiles_per_row_ : w_.whole);
+      int64_t tiles = 1;
+      for (const auto& [first, last] : runs.back()) tiles += (last - first) * columns.back();
+      cost.insert(cost.end(), panels, tiles);
+    }
+    parallel_by_cost(cost, threads_, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t point = task / panels, column = task % panels * widest;
         const int64_t vectors = std::min(widest, grad_output_.padded - column) / lanes_;
-        for (int64_t row = 0; row < input_.channels; row += outer.rows)
-          outer.kernel[vectors]({1, tiles, input + point * input_points.point_step + row,
-                                 grad + point * grad_points.point_step + column, 0, input_points.tile_step, 0,
-                                 grad_points.tile_step, weight + point * weight_points.point_step + row * weight_points.tile_step + column,
-                                 weight_points.tile_step});
+        const float* a = input + point * input_points.point_step;
+        const float* b = grad + point * grad_points.point_step + column;
+        float* c = weight + point * weight_points.point_step + column;
+        for (int64_t channel = 0; channel < input_.channels; channel += outer.rows)
+          for (const auto& [first, last] : runs[point])
+            outer.kernel[vectors]({last - first, columns[point], a + first * input_row + channel, b + first * grad_row,
+                                   input_row, input_points.tile_step, grad_row, grad_points.tile_step,
+                                   c + channel * weight_points.tile_step, weight_points.tile_step});
       }
     });
   }
@@ -356,13 +427,14 @@ class WinogradWeightGradient : Winograd {
 }  // namespace
 
 int64_t winograd_weight_elements(const Correlation& job, int64_t tile) {
-  return job.groups * (tile + 2) * (tile + 2) * Layout(job).point_step;
+  return job.groups * Tiling(job.h, tile).size.points * Tiling(job.w, tile).size.points * Layout(job).point_step;
 }
 
 void winograd_weight(const Correlation& job, int64_t tile, float* transformed) {
   const Layout layout(job);
-  const WinogradTransforms& transforms = winograd_kernels().tile[tile];
-  const int64_t points = (tile + 2) * (tile + 2), lanes = winograd_kernels().lanes;
+  const Tiling h(job.h, tile), w(job.w, tile);
+  const WinogradTransforms& transforms = winograd_kernels().by[h.form][w.form];
+  const int64_t points = h.size.points * w.size.points, lanes = winograd_kernels().lanes;
   const int64_t panels = static_cast<int64_t>(layout.taps.panels.size());
   const int64_t threads = threads_for(static_cast<double>(points * layout.point_step));
   Scratch scratch(static_cast<size_t>(layout.taps.elements) * sizeof(float));

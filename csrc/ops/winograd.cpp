@@ -33,11 +33,12 @@ const float* data_of(const std::optional<Tensor>& transformed, const cpu::Winogr
   return static_cast<const float*>(transformed->const_data_ptr());
 }
 
-Tensor winograd_weight_cpu(const Tensor& weight, int64_t groups, int64_t tile, bool input_gradient) {
+Tensor winograd_weight_cpu(const Tensor& weight, std::vector<int64_t> input_size, std::vector<int64_t> stride,
+                           std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, int64_t tile,
+                           bool input_gradient) {
   const Sizes size = sizes_of(weight);
   check_four("weight", size);
-  // The transform depends on the weight alone; any image does.
-  const Conv2dArguments a = check_geometry({1, size[1] * groups, 3, 3}, size, {1, 1}, {1, 1}, {1, 1}, groups);
+  const Conv2dArguments a = check_geometry(input_size, size, stride, padding, dilation, groups);
   const cpu::WinogradShape shape = check_winograd(a, weight, tile, input_gradient);
   Tensor transformed = empty({cpu::winograd_weight_elements(shape)}, weight, false);
   if (transformed.numel() > 0)
@@ -96,7 +97,8 @@ int64_t fingerprint_cpu(const Tensor& tensor) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(atrous_native, m) {
 #define ATROUS_GEOMETRY "int[] stride, int[] padding, int[] dilation, int groups, int tile) -> Tensor"
-  m.def("winograd_weight(Tensor weight, int groups, int tile, bool input_gradient) -> Tensor");
+  m.def("winograd_weight(Tensor weight, int[] input_size, int[] stride, int[] padding, int[] dilation, int groups, int tile, "
+        "bool input_gradient) -> Tensor");
   m.def("conv2d_winograd(Tensor input, Tensor weight, Tensor? transformed, Tensor? bias, " ATROUS_GEOMETRY);
   m.def("conv2d_input_winograd(int[] input_size, Tensor weight, Tensor? transformed, Tensor grad_output, " ATROUS_GEOMETRY);
   m.def("conv2d_weight_winograd(Tensor input, int[] weight_size, Tensor grad_output, " ATROUS_GEOMETRY);

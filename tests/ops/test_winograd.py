@@ -31,6 +31,10 @@ CASES = {
     "ASPP": (1, 48, 64, (17, 17), (6, 6), (6, 6), 1),
     "rates differ": (1, 16, 16, (15, 22), (3, 5), (2, 5), 1),
     "rate beyond the image": (2, 8, 9, (5, 7), (9, 9), (9, 9), 1),
+    "phases of two pixels and one": (2, 24, 40, (9, 13), (6, 8), (6, 8), 1),
+    "short phases along one axis": (2, 16, 20, (7, 22), (5, 5), (5, 5), 1),
+    "short phases, wider padding": (1, 8, 8, (7, 8), (6, 9), (4, 6), 1),
+    "two pixels whose neighbours count": (1, 8, 8, (9, 9), (3, 3), (4, 4), 1),
     "padding beyond the image": (1, 8, 8, (4, 4), (9, 6), (1, 2), 1),
     "no padding": (1, 33, 17, (11, 12), (0, 0), (2, 1), 1),
     "groups": (2, 24, 40, (8, 9), (2, 2), (2, 2), 2),
@@ -170,7 +174,7 @@ ONES = ([1, 1], [1, 1], [1, 1], 1)
         (lambda ops, x, w: ops.conv2d_winograd(x, w, None, None, [2, 1], *ONES[1:], 2), "expected 3x3 and stride 1"),
         (lambda ops, x, w: ops.conv2d_winograd(x.double(), w.double(), None, None, *ONES, 2), "expected float32"),
         (lambda ops, x, w: ops.conv2d_winograd(x, w, w, None, *ONES, 2), "transformed: expected"),
-        (lambda ops, x, w: ops.winograd_weight(w[0], 1, 2, False), "expected 4 dimensions"),
+        (lambda ops, x, w: ops.winograd_weight(w[0], x.shape, *ONES, 2, False), "expected 4 dimensions"),
         (lambda ops, x, w: ops.fingerprint(x[:, :1]), "memory without gaps"),
     ],
 )  # fmt: skip
@@ -191,7 +195,8 @@ def test_the_cost_model_takes_it_where_it_saves_work(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(tuned, "table", dict)
     dispatch.forget()
     assert _explain(rate=1).chosen == _explain(rate=4).chosen == "winograd"
-    assert _explain(rate=18).chosen != "winograd"
+    assert _explain(rate=18).chosen == "winograd"  # phases of two pixels
+    assert _explain(rate=33).chosen != "winograd"
     assert _explain(channels=16).chosen != "winograd"
 
 

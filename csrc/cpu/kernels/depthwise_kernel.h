@@ -30,7 +30,8 @@ inline void depthwise_block(const DepthwiseRun& run, int64_t pixel, int64_t chan
 #pragma GCC unroll 8
   for (int p = 0; p < pixels; ++p) {
 #pragma GCC unroll 8
-    for (int j = 0; j < vectors; ++j) store(dst + p * run.dst_step + j * width, sum[p][j]);
+    for (int j = 0; j < vectors; ++j)
+      store(dst + p * run.dst_step + j * width, run.clamp.on ? between<Acc>(sum[p][j], run.clamp.low, run.clamp.high) : sum[p][j]);
   }
 }
 
@@ -58,7 +59,7 @@ inline void depthwise_window(const DepthwiseRun& run, int64_t pixel, int64_t cha
     }
   }
 #pragma GCC unroll 8
-  for (int p = 0; p < pixels; ++p) store(dst + p * run.dst_step, sum[p]);
+  for (int p = 0; p < pixels; ++p) store(dst + p * run.dst_step, run.clamp.on ? between<Acc>(sum[p], run.clamp.low, run.clamp.high) : sum[p]);
 }
 
 // All channels of `pixels` pixels: blocks of `vectors` vectors, then of fewer.
@@ -97,6 +98,7 @@ template <class T, int pixels> inline void depthwise_pixels(const DepthwiseRun& 
         for (int64_t column = 0; column < run.tap_columns; ++column)
           sum += value_of(src[column * run.src_tap_column]) * weight[column * run.channels];
       }
+      if (run.clamp.on) sum = between<Acc>(sum, run.clamp.low, run.clamp.high);
       assign(static_cast<T*>(run.dst) + p * run.dst_step + channel, sum);
     }
   }
@@ -200,7 +202,9 @@ template <class T, int rows, int vectors> inline void correlate_block(const Plan
 #pragma GCC unroll 4
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 2
-    for (int j = 0; j < vectors; ++j) store(dst + r * plane.dst_row + j * width, sum[r][j]);
+    for (int j = 0; j < vectors; ++j)
+      store(dst + r * plane.dst_row + j * width,
+            plane.clamp.on ? between<T>(sum[r][j], plane.clamp.low, plane.clamp.high) : sum[r][j]);
   }
 }
 

@@ -58,24 +58,22 @@ template <class P, int vectors, int rows> void matmul(const MatmulTile& tile) {
   }
 
   const Acc* bias = static_cast<const Acc*>(tile.bias);
-  if (tile.columns == vectors * width) {
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; ++i) {
-      Acc* to = static_cast<Acc*>(tile.c[i]);
-      const Acc* add = bias ? bias : to;
-#pragma GCC unroll 4
-      for (int j = 0; j < vectors; ++j) store(to + j * width, c[i][j] + load(add + j * width));
-    }
-    return;
-  }
+  const bool whole = tile.columns == vectors * width;
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i) {
     Acc* to = static_cast<Acc*>(tile.c[i]);
     const Acc* add = bias ? bias : to;
     Acc row[vectors * width];
+    if (!whole) {
+      for (int64_t j = 0; j < vectors * width; ++j) row[j] = j < tile.columns ? add[j] : Acc{0};
+      add = row;
+    }
+    Acc* into = whole ? to : row;
 #pragma GCC unroll 4
-    for (int j = 0; j < vectors; ++j) store(row + j * width, c[i][j]);
-    for (int64_t j = 0; j < tile.columns; ++j) to[j] = row[j] + add[j];
+    for (int j = 0; j < vectors; ++j)
+      store(into + j * width, finished<Acc>(c[i][j] + load(add + j * width), tile.finish, j * width));
+    if (!whole)
+      for (int64_t j = 0; j < tile.columns; ++j) to[j] = row[j];
   }
 }
 

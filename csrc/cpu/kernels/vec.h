@@ -25,6 +25,19 @@ template <class T> inline Vec<T> load(const T* from) {
 }
 template <class T> inline void store(T* to, Vec<T> v) { *reinterpret_cast<typename VectorOf<T>::unaligned*>(to) = v; }
 
+// NaN stays NaN.
+template <class T, class V> inline V between(V value, double low, double high) {
+  const V least = V{} + static_cast<T>(low), most = V{} + static_cast<T>(high);
+  value = value < least ? least : value;
+  return value > most ? most : value;
+}
+// The vector of sums whose first channel is `channel`.
+template <class T> inline Vec<T> finished(Vec<T> sum, const Finish& by, int64_t channel) {
+  if (by.scale == nullptr) return sum;
+  sum = sum * load(static_cast<const T*>(by.scale) + channel) + load(static_cast<const T*>(by.shift) + channel);
+  return between<T>(sum, by.low, by.high);
+}
+
 // bfloat16 travels as half a vector of 16-bit integers.
 typedef uint16_t Half __attribute__((vector_size(vector_bytes / 2)));
 typedef uint16_t HalfUnaligned __attribute__((vector_size(vector_bytes / 2), aligned(2), may_alias));

@@ -11,19 +11,19 @@ namespace ATROUS_ISA {
 
 #include "vec.h"
 
-// The matrices of F(m, 3) from m + 1 points and infinity (Cook and Toom): a polynomial product through its values.
-template <int m> struct Matrices {
-  static constexpr int side = m + 2;
-  float input[side][side] = {};  // B^T: coefficients of the Lagrange numerators
-  float weight[side][3] = {};    // G: values of the weight's polynomial, over the Lagrange denominators
-  float output[m][side] = {};    // A^T: powers of the points
+// What an axis is multiplied by: B^T for the source, G for the weight, A^T for the result.
+template <int written, int read, int points> struct Matrices {
+  float input[points][read] = {};
+  float weight[points][3] = {};
+  float output[written][points] = {};
 };
 
-template <int m> constexpr Matrices<m> cook_toom(const double (&points)[m + 1]) {
+// F(m, 3) from m + 1 points and infinity (Cook and Toom): a polynomial product through its values.
+template <int m> constexpr Matrices<m, m + 2, m + 2> cook_toom(const double (&points)[m + 1]) {
   constexpr int side = m + 2;
-  Matrices<m> matrices;
+  Matrices<m, side, side> matrices;
   for (int i = 0; i < side; ++i) {  // the last row stands for infinity
-    double numerator[side] = {1};
+    double numerator[side] = {1};    // coefficients of the Lagrange numerator
     double denominator = 1;
     int degree = 0;
     for (int j = 0; j < m + 1; ++j) {
@@ -45,10 +45,29 @@ template <int m> constexpr Matrices<m> cook_toom(const double (&points)[m + 1]) 
 }
 
 // Points near 1 in size keep rounding errors small; these for m = 4 have less than half the error of 0, 1, -1, 2, -2.
-template <int m> struct Tile;
-template <> struct Tile<2> { static constexpr Matrices<2> by = cook_toom<2>({0, 1, -1}); };
-template <> struct Tile<3> { static constexpr Matrices<3> by = cook_toom<3>({0, 1, -1, 2}); };
-template <> struct Tile<4> { static constexpr Matrices<4> by = cook_toom<4>({0, 0.75, -0.75, 1.5, -1.5}); };
+template <int form> struct Form;
+template <> struct Form<f2> { static constexpr auto by = cook_toom<2>({0, 1, -1}); };
+template <> struct Form<f3> { static constexpr auto by = cook_toom<3>({0, 1, -1, 2}); };
+template <> struct Form<f4> { static constexpr auto by = cook_toom<4>({0, 0.75, -0.75, 1.5, -1.5}); };
+// w1 x0 + w2 x1 and w0 x0 + w1 x1 by three products: w1 (x0 + x1), (w2 - w1) x1, (w0 - w1) x0.
+template <> struct Form<phase2> {
+  static constexpr Matrices<2, 2, 3> by{
+      {{1, 1}, {0, 1}, {1, 0}}, {{0, 1, 0}, {0, -1, 1}, {1, -1, 0}}, {{1, 1, 0}, {1, 0, 1}}};
+};
+
+template <int rows, int columns> struct Matrix {
+  float at[rows][columns];
+};
+template <int rows, int columns> constexpr Matrix<columns, rows> transposed(const float (&matrix)[rows][columns]) {
+  Matrix<columns, rows> result{};
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < columns; ++j) result.at[j][i] = matrix[i][j];
+  return result;
+}
+template <int form> struct Transposed {
+  static constexpr auto weight = transposed(Form<form>::by.weight);
+  static constexpr auto output = transposed(Form<form>::by.output);
+};
 
 // One row of a product with a constant matrix; the loops unroll, and zeros of the matrix cost nothing.
 template <int terms, class At> inline Vec<float> row_times(const float (&row)[terms], const At& at) {
@@ -64,89 +83,82 @@ template <int terms, class At> inline Vec<float> row_times(const float (&row)[te
   return sum;
 }
 
-// to(i, j) = (matrix d matrix^T)[i][j].
-template <int rows, int columns, class From, class To>
-inline void both_sides(const float (&matrix)[rows][columns], const From& from, const To& to) {
-  Vec<float> half[rows][columns];
+// to(i, j) = (left d right^T)[i][j] of d(i, j) = from(i, j).
+template <int rows, int height, int columns, int width, class From, class To>
+inline void both_sides(const float (&left)[rows][height], const float (&right)[columns][width], const From& from,
+                       const To& to) {
+  Vec<float> half[rows][width];
 #pragma GCC unroll 6
-  for (int j = 0; j < columns; ++j) {
-    Vec<float> d[columns];
+  for (int j = 0; j < width; ++j) {
+    Vec<float> d[height];
 #pragma GCC unroll 6
-    for (int i = 0; i < columns; ++i) d[i] = from(i, j);
+    for (int i = 0; i < height; ++i) d[i] = from(i, j);
 #pragma GCC unroll 6
-    for (int i = 0; i < rows; ++i) half[i][j] = row_times(matrix[i], [&](int k) { return d[k]; });
+    for (int i = 0; i < rows; ++i) half[i][j] = row_times(left[i], [&](int k) { return d[k]; });
   }
 #pragma GCC unroll 6
   for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 6
-    for (int j = 0; j < rows; ++j) to(i, j, row_times(matrix[j], [&](int k) { return half[i][k]; }));
+    for (int j = 0; j < columns; ++j) to(i, j, row_times(right[j], [&](int k) { return half[i][k]; }));
   }
 }
 
-template <int m>
-void weight_transform(const float* taps, int64_t tap_step, int64_t vectors, float* u, int64_t point_step) {
-  constexpr int side = m + 2;
-  for (int64_t c = 0; c < vectors; ++c, taps += lanes<float>, u += lanes<float>)
-    both_sides(
-        Tile<m>::by.weight, [&](int i, int j) { return load(taps + (3 * i + j) * tap_step); },
-        [&](int i, int j, Vec<float> v) { store(u + (side * i + j) * point_step, v); });
-}
+template <int h, int w> struct Transforms {
+  static constexpr auto& rows = Form<h>::by;
+  static constexpr auto& columns = Form<w>::by;
+  static constexpr int points = tile_sizes[w].points, read = tile_sizes[w].read, written = tile_sizes[w].written;
 
-template <int m> void input_transform(const float* const* pixels, int64_t vectors, float* v, int64_t point_step) {
-  constexpr int side = m + 2;
-  for (int64_t c = 0; c < vectors * lanes<float>; c += lanes<float>)
-    both_sides(
-        Tile<m>::by.input, [&](int i, int j) { return load(pixels[side * i + j] + c); },
-        [&](int i, int j, Vec<float> value) { store(v + (side * i + j) * point_step + c, value); });
-}
-
-template <int m>
-void output_transform(const float* sums, int64_t point_step, int64_t vectors, const float* bias, float* const* pixels) {
-  constexpr int side = m + 2;
-  for (int64_t c = 0; c < vectors * lanes<float>; c += lanes<float>) {
-    const Vec<float> add = load(bias + c);
-    both_sides(
-        Tile<m>::by.output, [&](int i, int j) { return load(sums + (side * i + j) * point_step + c); },
-        [&](int i, int j, Vec<float> value) { store(pixels[m * i + j] + c, value + add); });
+  static void weight(const float* taps, int64_t tap_step, int64_t vectors, float* u, int64_t point_step) {
+    for (int64_t c = 0; c < vectors; ++c, taps += lanes<float>, u += lanes<float>)
+      both_sides(
+          rows.weight, columns.weight, [&](int i, int j) { return load(taps + (3 * i + j) * tap_step); },
+          [&](int i, int j, Vec<float> v) { store(u + (points * i + j) * point_step, v); });
   }
-}
-
-template <int rows, int columns> struct Matrix {
-  float at[rows][columns];
+  static void input(const float* const* pixels, int64_t vectors, float* v, int64_t point_step) {
+    for (int64_t c = 0; c < vectors * lanes<float>; c += lanes<float>)
+      both_sides(
+          rows.input, columns.input, [&](int i, int j) { return load(pixels[read * i + j] + c); },
+          [&](int i, int j, Vec<float> value) { store(v + (points * i + j) * point_step + c, value); });
+  }
+  static void output(const float* sums, int64_t point_step, int64_t vectors, const float* bias, const Finish& finish,
+                     float* const* pixels) {
+    for (int64_t c = 0; c < vectors * lanes<float>; c += lanes<float>) {
+      const Vec<float> add = load(bias + c);
+      both_sides(
+          rows.output, columns.output, [&](int i, int j) { return load(sums + (points * i + j) * point_step + c); },
+          [&](int i, int j, Vec<float> value) {
+            store(pixels[written * i + j] + c, finished<float>(value + add, finish, c));
+          });
+    }
+  }
+  static void gradient(const float* const* pixels, int64_t vectors, float* v, int64_t point_step) {
+    for (int64_t c = 0; c < vectors * lanes<float>; c += lanes<float>)
+      both_sides(
+          Transposed<h>::output.at, Transposed<w>::output.at, [&](int i, int j) { return load(pixels[written * i + j] + c); },
+          [&](int i, int j, Vec<float> value) { store(v + (points * i + j) * point_step + c, value); });
+  }
+  static void weight_gradient(const float* u, int64_t point_step, int64_t vectors, float* taps, int64_t tap_step) {
+    for (int64_t c = 0; c < vectors; ++c, u += lanes<float>, taps += lanes<float>)
+      both_sides(
+          Transposed<h>::weight.at, Transposed<w>::weight.at,
+          [&](int i, int j) { return load(u + (points * i + j) * point_step); },
+          [&](int i, int j, Vec<float> value) { store(taps + (3 * i + j) * tap_step, value); });
+  }
 };
-template <int rows, int columns> constexpr Matrix<columns, rows> transposed(const float (&matrix)[rows][columns]) {
-  Matrix<columns, rows> result{};
-  for (int i = 0; i < rows; ++i)
-    for (int j = 0; j < columns; ++j) result.at[j][i] = matrix[i][j];
-  return result;
-}
 
-template <int m> void gradient_transform(const float* const* pixels, int64_t vectors, float* v, int64_t point_step) {
-  constexpr int side = m + 2;
-  static constexpr Matrix<side, m> by = transposed(Tile<m>::by.output);
-  for (int64_t c = 0; c < vectors * lanes<float>; c += lanes<float>)
-    both_sides(
-        by.at, [&](int i, int j) { return load(pixels[m * i + j] + c); },
-        [&](int i, int j, Vec<float> value) { store(v + (side * i + j) * point_step + c, value); });
-}
-
-template <int m>
-void weight_gradient_transform(const float* u, int64_t point_step, int64_t vectors, float* taps, int64_t tap_step) {
-  constexpr int side = m + 2;
-  static constexpr Matrix<3, side> by = transposed(Tile<m>::by.weight);
-  for (int64_t c = 0; c < vectors; ++c, u += lanes<float>, taps += lanes<float>)
-    both_sides(
-        by.at, [&](int i, int j) { return load(u + (side * i + j) * point_step); },
-        [&](int i, int j, Vec<float> value) { store(taps + (3 * i + j) * tap_step, value); });
-}
-
-template <int m> constexpr WinogradTransforms transforms() {
-  return {weight_transform<m>, input_transform<m>, output_transform<m>, gradient_transform<m>,
-          weight_gradient_transform<m>};
+template <int h, int w> void fill(WinogradKernels& kernels) {
+  using T = Transforms<h, w>;
+  kernels.by[h][w] = {T::weight, T::input, T::output, T::gradient, T::weight_gradient};
 }
 
 WinogradKernels make_winograd() {
-  return {lanes<float>, {{}, {}, transforms<2>(), transforms<3>(), transforms<4>()}};
+  WinogradKernels kernels{};
+  kernels.lanes = lanes<float>;
+  fill<f2, f2>(kernels), fill<f3, f3>(kernels), fill<f4, f4>(kernels);
+  fill<phase2, phase2>(kernels);
+  fill<phase2, f2>(kernels), fill<phase2, f3>(kernels), fill<phase2, f4>(kernels);
+  fill<f2, phase2>(kernels), fill<f3, phase2>(kernels), fill<f4, phase2>(kernels);
+  return kernels;
 }
 
 }  // namespace ATROUS_ISA
