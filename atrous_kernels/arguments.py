@@ -17,7 +17,7 @@ from atrous_kernels.ops import pyramid_pool as _pyramid_pool_op
 from atrous_kernels.ops import upsample_concat as _upsample_concat_op
 from atrous_kernels.ops import upsample_cross_entropy as _upsample_cross_entropy_op
 from atrous_kernels.ops.aspp import ConvBN
-from atrous_kernels.problem import ConvProblem, UpsampleProblem
+from atrous_kernels.problem import ConvProblem, UpsampleProblem, out_extent
 
 Size = int | Sequence[int]
 
@@ -147,6 +147,7 @@ def check_conv_bn_relu(
     groups: int,
     training: bool,
     activation: str,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Any, Any, Any, int]]:
     """The (possibly padded) input and the geometry, checked."""
     check_tensors(input, weight, None)
@@ -160,6 +161,15 @@ def check_conv_bn_relu(
     _check_norm(weight, norm, training)
     if activation not in _conv_bn_relu_op.BOUNDS:
         raise ValueError(f"activation={activation!r}: expected one of {', '.join(_conv_bn_relu_op.BOUNDS)}")
+    if residual is not None:
+        sizes = zip(input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+        height, width = (out_extent(*a) for a in sizes)
+        expected = (input.shape[0], weight.shape[0], height, width)
+        if tuple(residual.shape) != expected or residual.device != input.device:
+            raise ValueError(
+                f"residual: expected the sizes of the output {list(expected)} on {input.device}, "
+                f"but got {list(residual.shape)} on {residual.device}"
+            )
     return input, (stride, padding, dilation, groups)
 
 

@@ -196,6 +196,7 @@ def conv_bn_relu(
     momentum: float = 0.1,
     eps: float = 1e-5,
     activation: str = "relu",
+    residual: Tensor | None = None,
     process_group: Any = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -211,6 +212,7 @@ def conv_bn_relu(
         momentum: weight of this batch in the running statistics.
         eps: added to the variance.
         activation: ``"relu"``, ``"relu6"`` or ``"none"``.
+        residual: ``[N, O, H', W']``, added before the activation, as at the end of a residual block.
         process_group: of :mod:`torch.distributed`, on any device: statistics of the batches of all its processes together.
         backend: ``"auto"``, ``"cpu"``, ``"torch"`` (the framework's batch_norm) or ``"reference"``; the convolution inside an
             ``"auto"`` call chooses for itself.
@@ -219,14 +221,14 @@ def conv_bn_relu(
         ``[N, O, H', W']``, sizes and layout as :func:`conv2d`.
 
     Raises:
-        RuntimeError, TypeError: as :func:`conv2d`; ValueError: a batch norm argument of the wrong size, unknown
+        RuntimeError, TypeError: as :func:`conv2d`; ValueError: a batch norm argument or a residual of the wrong size, unknown
             ``activation`` or ``backend``, no running statistics in inference, a single value per channel in training.
 
     Differentiable twice, except with a process group (once). Source: Ioffe & Szegedy, "Batch Normalization", 2015,
     algorithms 1 and 2.
     """
     norm = (bn_weight, bn_bias, running_mean, running_var)
-    input, geometry = check_conv_bn_relu(input, weight, norm, stride, padding, dilation, groups, training, activation)
+    input, geometry = check_conv_bn_relu(input, weight, norm, stride, padding, dilation, groups, training, activation, residual)
     if training and process_group is None:
         height, width = (out_extent(*a) for a in zip(input.shape[2:], weight.shape[2:], *geometry[:3], strict=True))
         if input.shape[0] * height * width == 1:
@@ -241,6 +243,7 @@ def conv_bn_relu(
         eps=eps,
         activation=activation,
         process_group=process_group,
+        residual=residual,
         backend=backend,
     )
 

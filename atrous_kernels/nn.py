@@ -235,8 +235,13 @@ def as_one(
     shift: Tensor | None,
     activation: str = "relu",
     process_group: Any = None,
+    residual: Tensor | None = None,
+    padding: Any = None,
 ) -> Tensor:
-    """The two modules and ``activation`` as :func:`atrous_kernels.conv_bn_relu`; ``shift`` stands for the bias of ``norm``."""
+    """The two modules and ``activation`` as :func:`atrous_kernels.conv_bn_relu`.
+
+    ``shift`` stands for the bias of ``norm``, ``padding``, where given, for that of ``convolution``.
+    """
     return conv_bn_relu(
         input,
         convolution.weight,
@@ -245,13 +250,14 @@ def as_one(
         norm.running_mean,
         norm.running_var,
         stride=convolution.stride,
-        padding=convolution.padding,
+        padding=convolution.padding if padding is None else padding,
         dilation=convolution.dilation,
         groups=convolution.groups,
         training=norm.training,
         momentum=count_batch(norm),
         eps=norm.eps,
         activation=activation,
+        residual=residual,
         process_group=process_group,
         backend=convolution.backend,
     )

@@ -6,6 +6,7 @@ twin is ``csrc/include/problem.h``; ``tests/test_problem.py`` holds the two agai
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -219,10 +220,11 @@ class ConvProblem:
 
     def winograd_axes(self, tile: int, input_gradient: bool = False) -> tuple[WinogradAxis, WinogradAxis]:
         """The (height, width) axes as Winograd's algorithm cuts them."""
-        axes = self.axes()
+        axes: Iterable[Axis] = self.axes()
         if input_gradient:  # the taps from last to first
-            axes = tuple(replace(a, n_out=a.n_src, n_src=a.n_out, src_offset=-a.src_offset - 2 * a.tap_step) for a in axes)
-        return winograd_axis(axes[0], tile), winograd_axis(axes[1], tile)
+            axes = [replace(a, n_out=a.n_src, n_src=a.n_out, src_offset=-a.src_offset - 2 * a.tap_step) for a in axes]
+        rows, columns = (winograd_axis(axis, tile) for axis in axes)
+        return rows, columns
 
     def winograd_cost(self, tile: int) -> float:
         """Work of Winograd's algorithm in flops, with the transforms of weights, source and sums as memory traffic."""

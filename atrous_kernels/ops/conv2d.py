@@ -45,23 +45,24 @@ def is_channels_last(tensor: Tensor) -> bool:
     return True
 
 
-def _format(*tensors: Tensor) -> torch.memory_format:
+def layout_of(*tensors: Tensor) -> torch.memory_format:
+    """Of a result: channels_last where one of the tensors is."""
     channels_last = any(is_channels_last(tensor) for tensor in tensors)
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def _dense(tensor: Tensor) -> Tensor:
+def dense(tensor: Tensor) -> Tensor:
     """Kernels read dense NCHW or NHWC; anything else is copied into the layout that its strides suggest."""
     tensor = tensor.resolve_conj()
     if tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last):
         return tensor
-    return tensor.contiguous(memory_format=_format(tensor))
+    return tensor.contiguous(memory_format=layout_of(tensor))
 
 
 # Choosing -------------------------------------------------------------------------------------------------------------
 
 
-def _pick(
+def pick(
     op: str,
     backend: str,
     input_size: Ints,
@@ -70,6 +71,7 @@ def _pick(
     tensor: Tensor,
     channels_last: bool,
 ) -> Implementation:
+    """The implementation of ``op`` for such a call; ``tensor`` tells dtype and device."""
     if backend == dispatch.AUTO:
         backend = dispatch.default_backend()
     stride, padding, dilation, groups = geometry
@@ -120,11 +122,11 @@ def _conv2d(
     groups: int,
     backend: str,
 ) -> Tensor:
-    layout = _format(input, weight)
+    layout = layout_of(input, weight)
     geometry = (stride, padding, dilation, groups)
-    pick = _pick("conv2d", backend, input.shape, weight.shape, geometry, input, layout is torch.channels_last)
+    chosen = pick("conv2d", backend, input.shape, weight.shape, geometry, input, layout is torch.channels_last)
     bias = None if bias is None else bias.contiguous()
-    return pick.run(_dense(input), _dense(weight), bias, *geometry).contiguous(memory_format=layout)
+    return chosen.run(dense(input), dense(weight), bias, *geometry).contiguous(memory_format=layout)
 
 
 def _conv2d_input(
@@ -137,10 +139,10 @@ def _conv2d_input(
     groups: int,
     backend: str,
 ) -> Tensor:
-    layout = _format(weight, grad_output)
+    layout = layout_of(weight, grad_output)
     geometry = (stride, padding, dilation, groups)
-    pick = _pick("conv2d_input", backend, input_size, weight.shape, geometry, weight, layout is torch.channels_last)
-    return pick.run(list(input_size), _dense(weight), _dense(grad_output), *geometry).contiguous(memory_format=layout)
+    chosen = pick("conv2d_input", backend, input_size, weight.shape, geometry, weight, layout is torch.channels_last)
+    return chosen.run(list(input_size), dense(weight), dense(grad_output), *geometry).contiguous(memory_format=layout)
 
 
 def _conv2d_weight(
@@ -153,10 +155,10 @@ def _conv2d_weight(
     groups: int,
     backend: str,
 ) -> Tensor:
-    layout = _format(input, grad_output)
+    layout = layout_of(input, grad_output)
     geometry = (stride, padding, dilation, groups)
-    pick = _pick("conv2d_weight", backend, input.shape, weight_size, geometry, input, layout is torch.channels_last)
-    return pick.run(_dense(input), list(weight_size), _dense(grad_output), *geometry).contiguous(memory_format=layout)
+    chosen = pick("conv2d_weight", backend, input.shape, weight_size, geometry, input, layout is torch.channels_last)
+    return chosen.run(dense(input), list(weight_size), dense(grad_output), *geometry).contiguous(memory_format=layout)
 
 
 for _name, _kernel in (("conv2d", _conv2d), ("conv2d_input", _conv2d_input), ("conv2d_weight", _conv2d_weight)):
@@ -171,20 +173,25 @@ def _empty(like: Tensor, size: Ints, layout: torch.memory_format) -> Tensor:
     return torch.empty(list(size), dtype=like.dtype, device=like.device, memory_format=layout)
 
 
+def empty_output(input: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> Tensor:
+    """What a convolution gives, without values."""
+    extents = [out_extent(*a) for a in zip(input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)]
+    return _empty(input, [input.shape[0], weight.shape[0], *extents], layout_of(input, weight))
+
+
 @torch.library.register_fake("atrous::conv2d", lib=_library)
 def _conv2d_fake(input, weight, bias, stride, padding, dilation, groups, backend):
-    extents = [out_extent(*a) for a in zip(input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)]
-    return _empty(input, [input.shape[0], weight.shape[0], *extents], _format(input, weight))
+    return empty_output(input, weight, stride, padding, dilation)
 
 
 @torch.library.register_fake("atrous::conv2d_input", lib=_library)
 def _conv2d_input_fake(input_size, weight, grad_output, stride, padding, dilation, groups, backend):
-    return _empty(grad_output, input_size, _format(weight, grad_output))
+    return _empty(grad_output, input_size, layout_of(weight, grad_output))
 
 
 @torch.library.register_fake("atrous::conv2d_weight", lib=_library)
 def _conv2d_weight_fake(input, weight_size, grad_output, stride, padding, dilation, groups, backend):
-    return _empty(input, weight_size, _format(input, grad_output))
+    return _empty(input, weight_size, layout_of(input, grad_output))
 
 
 # Autograd (conj() is free on real tensors) -----------------------------------------------------------------------------
@@ -274,7 +281,7 @@ def _framework_backward(
     )
 
 
-def _framework_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+def framework_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
     stride, padding, dilation, groups = geometry
     if input.is_complex():  # aten.convolution has no complex CPU kernel; aten.conv2d composes it from real ones
         return torch.ops.aten.conv2d(input, weight, bias, stride, padding, dilation, groups)
@@ -296,12 +303,15 @@ def _cpu_can_run(problem: ConvProblem) -> str | None:
 _WORTH_KEEPING = 1 << 16  # elements
 
 
-def _cpu_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-    groups = geometry[3]
+def packed_weight(weight: Tensor, groups: int) -> Tensor | None:
+    """The weight in the order of the direct kernels, where it is kept."""
     if weight.numel() < _WORTH_KEEPING or groups > 1 or weight.dtype is torch.float16:
-        return torch.ops.atrous_native.conv2d(input, weight, bias, *geometry)
-    packed = prepared(weight, ("packed",), lambda: torch.ops.atrous_native.pack_weight(weight, groups))
-    return torch.ops.atrous_native.conv2d_packed(input, weight, packed, bias, *geometry)
+        return None
+    return prepared(weight, ("packed",), lambda: torch.ops.atrous_native.pack_weight(weight, groups))
+
+
+def _cpu_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    return torch.ops.atrous_native.conv2d_packed(input, weight, packed_weight(weight, geometry[3]), bias, *geometry)
 
 
 def _cuda_can_run(problem: ConvProblem) -> str | None:
@@ -341,7 +351,8 @@ def _frameworks_fast_pointwise(problem: ConvProblem) -> bool:
     return problem.kernel == (1, 1) and (problem.threads > 1 or problem.batch >= 16)
 
 
-def _cpu_loses_conv2d(problem: ConvProblem) -> str | None:
+def cpu_loses_conv2d(problem: ConvProblem) -> str | None:
+    """None, or why the framework's forward pass is the faster one."""
     bf16 = problem.dtype is torch.bfloat16
     if problem.is_depthwise:
         if problem.stride != (1, 1) and (problem.channels_last or bf16):
@@ -383,7 +394,7 @@ def _cpu_loses_conv2d_weight(problem: ConvProblem) -> str | None:
 
 
 _CPU_LOSES = {
-    "conv2d": _cpu_loses_conv2d,
+    "conv2d": cpu_loses_conv2d,
     "conv2d_input": _cpu_loses_conv2d_input,
     "conv2d_weight": _cpu_loses_conv2d_weight,
 }
@@ -398,7 +409,7 @@ def _last_resort(problem: ConvProblem) -> str | None:
 
 
 for _name, _framework, _framework_can_run in (
-    ("conv2d", _framework_conv2d, _always),
+    ("conv2d", framework_conv2d, _always),
     ("conv2d_input", _framework_conv2d_input, _framework_backward_can_run),
     ("conv2d_weight", _framework_conv2d_weight, _framework_backward_can_run),
 ):

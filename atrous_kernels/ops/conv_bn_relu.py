@@ -18,13 +18,9 @@ from torch import Tensor
 from atrous_kernels import dispatch, native
 from atrous_kernels.dispatch import Implementation
 from atrous_kernels.ops import conv2d as conv
+from atrous_kernels.ops.conv_bn_act import BOUNDS, NATIVE_DTYPES, conv_bn_act
 from atrous_kernels.problem import ConvProblem
 from atrous_kernels.reference import conv_bn_relu as reference
-
-#: Where each activation holds its output.
-BOUNDS = {"relu": (0.0, float("inf")), "relu6": (0.0, 6.0), "none": (float("-inf"), float("inf"))}
-
-NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 Passes = Callable[..., Any]
 Merge = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, int]]
@@ -370,6 +366,10 @@ def inner_backend(input: Tensor, training: bool, group: Any, backend: str) -> st
     return backend if backend == dispatch.AUTO else _chosen(input, training, group, "relu", backend)
 
 
+def _gradients_wanted(*leaves: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
+
+
 class Normalisation(NamedTuple):
     """What follows a convolution: :meth:`fold` before it, :meth:`apply` after it."""
 
@@ -384,7 +384,7 @@ class Normalisation(NamedTuple):
         are wanted, which are then those of the convolution alone, any number of times."""
         bn_weight, bn_bias, mean, var = self.norm
         leaves = (input, weight, bn_weight, bn_bias)
-        wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
+        wanted = _gradients_wanted(*leaves)
         passes = _chosen(input, self.training, self.process_group, "relu", backend) != "torch"
         if self.training or (passes and not wanted):
             return weight, None
@@ -433,14 +433,36 @@ def conv_bn_relu(
     eps: float,
     activation: str,
     process_group: Any,
+    residual: Tensor | None = None,
     backend: str,
 ) -> Tensor:
     """``norm``: bn_weight, bn_bias, running_mean, running_var. Checked arguments; see :mod:`atrous_kernels.functional`."""
+    if not training and _finishes_sums(input, weight, norm, residual, backend):
+        operands = [input, weight, residual]
+        if torch.is_autocast_enabled("cpu") and input.dtype is not torch.float64:
+            operands = [None if t is None else t.to(torch.get_autocast_dtype("cpu")) for t in operands]
+        input, weight, residual = operands  # type: ignore[assignment]
+        return conv_bn_act(input, weight, *norm, residual, eps, activation, *geometry, backend)
+    if residual is not None:
+        out = conv_bn_relu(
+            input, weight, norm, geometry, training=training, momentum=momentum, eps=eps, activation="none",
+            process_group=process_group, backend=backend,
+        )  # fmt: skip
+        return activate(out + residual, activation, inplace=not torch.compiler.is_compiling())
     following = Normalisation(norm, training, momentum, eps, process_group)
     weight, bias = following.fold(input, weight, backend)
     inner = inner_backend(input, training, process_group, backend)
     out = conv.conv2d(input, weight, bias, *geometry, inner)
     return following.apply(out, folded=bias is not None, activation=activation, backend=backend)
+
+
+def _finishes_sums(input: Tensor, weight: Tensor, norm: Sequence[Tensor | None], residual: Tensor | None, backend: str) -> bool:
+    """Whether the convolution may normalise its own sums: nobody wants gradients and nobody asked for other kernels."""
+    if input.device.type != "cpu" or _gradients_wanted(input, weight, residual, *norm[:2]):
+        return False
+    if backend == dispatch.AUTO and dispatch.default_backend() not in (dispatch.AUTO, "cpu", "winograd"):
+        return False
+    return backend in (dispatch.AUTO, "cpu") and _chosen(input, False, None, "relu", backend) == "cpu"
 
 
 def activate(tensor: Tensor, activation: str, inplace: bool) -> Tensor:

@@ -43,13 +43,13 @@ def loses(problem: ConvProblem) -> str | None:
 
 def conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
     """As the native ``conv2d``, by Winograd's algorithm."""
-    tile, ready = _plan(input.shape, weight, geometry, False)
+    tile, ready = plan(input.shape, weight, geometry, False)
     return torch.ops.atrous_native.conv2d_winograd(input, weight, ready, bias, *geometry, tile)
 
 
 def conv2d_input(input_size: Ints, weight: Tensor, grad_output: Tensor, *geometry: Any) -> Tensor:
     """As the native ``conv2d_input``, by Winograd's algorithm."""
-    tile, ready = _plan(input_size, weight, geometry, True)
+    tile, ready = plan(input_size, weight, geometry, True)
     return torch.ops.atrous_native.conv2d_input_winograd(input_size, weight, ready, grad_output, *geometry, tile)
 
 
@@ -59,7 +59,7 @@ def conv2d_weight(input: Tensor, weight_size: Ints, grad_output: Tensor, *geomet
     return torch.ops.atrous_native.conv2d_weight_winograd(input, weight_size, grad_output, *geometry, tile)
 
 
-def _plan(input_size: Ints, weight: Tensor, geometry: tuple[Any, ...], input_gradient: bool) -> tuple[int, Tensor | None]:
+def plan(input_size: Ints, weight: Tensor, geometry: tuple[Any, ...], input_gradient: bool) -> tuple[int, Tensor | None]:
     """The tile, and the transformed weight where it is kept."""
     problem = _problem(input_size, weight.shape[0], geometry)
     tile = winograd_tile(problem)

@@ -44,6 +44,24 @@ def batch_norm_act_(input: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, l
     input.copy_(batch_norm_act(input, mean, scale, shift, low, high))
 
 
+def conv_bn_act(
+    output: Tensor,
+    norm: tuple[Tensor | None, Tensor | None, Tensor, Tensor],
+    residual: Tensor | None,
+    eps: float,
+    low: float,
+    high: float,
+) -> Tensor:
+    """The convolution's output normalised by constants (weight, bias, mean, var), plus the residual, held between the bounds."""
+    wide = sum_type(output.dtype)
+    weight, bias, mean, var = (None if t is None else t.to(wide) for t in norm)
+    assert mean is not None
+    assert var is not None
+    scale = (var + eps).rsqrt() * (1 if weight is None else weight)
+    y = _y(output, mean, scale, torch.zeros_like(mean) if bias is None else bias)
+    return (y if residual is None else y + residual.to(wide)).clamp(low, high).to(output.dtype)
+
+
 def batch_norm_act_sums(
     grad: Tensor, input: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, low: float, high: float
 ) -> tuple[Tensor, Tensor]:

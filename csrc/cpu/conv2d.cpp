@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "correlate.h"
+#include "runtime.h"
 #include "winograd.h"
 
 namespace atrous::cpu {
@@ -87,6 +88,11 @@ void conv2d(const Conv2dShape& s, DType dtype, ConstTensor input, ConstTensor we
   job.packed = packed;
   job.finish = finish;
   correlate(job, dtype, is_depthwise(s));
+}
+
+bool adds_residual(const Conv2dShape& s, DType dtype, MutableTensor output) {
+  const MatmulKernels& mm = dtype == DType::float64 ? kernels().matmul_f64 : kernels().matmul_f32;
+  return dtype != DType::bfloat16 && !is_depthwise(s) && output.strides.c == 1 && s.out_channels / s.groups % mm.lanes == 0;
 }
 
 int64_t packed_conv2d_weight_bytes(const Conv2dShape& s, DType dtype) {

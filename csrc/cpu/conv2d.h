@@ -44,6 +44,8 @@ inline bool is_depthwise(const Conv2dShape& s) {
 // depthwise convolution, whose weights are small. finish: out_channels values.
 void conv2d(const Conv2dShape& shape, DType dtype, ConstTensor input, ConstTensor weight, const void* packed,
             const void* bias, MutableTensor output, const Finish& finish = {});
+// Whether finish.residual can be used: sums are written straight to their place, in whole vectors.
+bool adds_residual(const Conv2dShape& shape, DType dtype, MutableTensor output);
 int64_t packed_conv2d_weight_bytes(const Conv2dShape& shape, DType dtype);
 void pack_conv2d_weight(const Conv2dShape& shape, DType dtype, ConstTensor weight, void* packed);
 

@@ -283,7 +283,7 @@ template <class S, class A> class DenseCorrelation {
                     direct_ ? panel.columns : panel.width,
                     {}};
     if (job_.finish.scale != nullptr && chunk.first + chunk.channels == job_.src_channels)
-      tile.finish = {scale_ + panel.first, shift_ + panel.first, job_.finish.low, job_.finish.high};
+      tile.finish = {scale_ + panel.first, shift_ + panel.first, job_.finish.low, job_.finish.high, job_.finish.residual};
     const int64_t tall = mm_.rows_of[panel.vectors];
     for (int64_t first = 0; first < item.pixels; first += tall) {
       const int64_t rows = std::min(tall, item.pixels - first);

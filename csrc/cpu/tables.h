@@ -52,12 +52,13 @@ template <class T> struct AccumulatorOf { using type = float; };
 template <> struct AccumulatorOf<double> { using type = double; };
 template <class T> using Accumulator = typename AccumulatorOf<T>::type;
 
-// What becomes of a finished sum: clamp(sum * scale + shift, low, high) with one scale and shift per written channel, in the
-// type of the sum. No scale: it is written as it is.
+// What becomes of a finished sum: clamp(sum * scale + shift + residual, low, high) with one scale and shift per written channel,
+// in the type of the sum. No scale: it is written as it is.
 struct Finish {
   const void* scale = nullptr;
   const void* shift = nullptr;
   double low = 0, high = 0;
+  int64_t residual = 0;  // bytes from where a sum is written to the residual that is added; 0: none
 };
 
 }  // namespace atrous::cpu

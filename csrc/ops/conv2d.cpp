@@ -29,19 +29,12 @@ Tensor conv2d_packed_cpu(const Tensor& input, const Tensor& weight, const std::o
                                      wide_bias, stride, padding, dilation, groups),
                    ScalarType::Half);
   }
-  const cpu::Conv2dShape shape = shape_of(a);
-  const void* ready = nullptr;
-  if (packed && !cpu::is_depthwise(shape)) {
-    const int64_t bytes = cpu::packed_conv2d_weight_bytes(shape, dtype_of(input));
-    if (packed->scalar_type() != ScalarType::Byte || !packed->is_contiguous() || packed->numel() != bytes)
-      fail("packed", "expected ", bytes, " contiguous bytes by pack_weight, but got sizes ", text(sizes_of(*packed)));
-    ready = packed->const_data_ptr();
-  }
+  const void* ready = packed_of(packed, a, input);
   Tensor output = empty(a.output, input, either_channels_last(input, weight));
   if (output.numel() == 0) return output;
   std::optional<Tensor> dense_bias;
   if (bias) dense_bias = torch::stable::contiguous(*bias);
-  cpu::conv2d(shape, dtype_of(input), read(input), read(weight), ready, bias ? dense_bias->const_data_ptr() : nullptr,
+  cpu::conv2d(shape_of(a), dtype_of(input), read(input), read(weight), ready, bias ? dense_bias->const_data_ptr() : nullptr,
               write(output));
   return output;
 }

@@ -14,25 +14,6 @@
 namespace atrous {
 namespace {
 
-cpu::WinogradShape check_winograd(const Conv2dArguments& a, const Tensor& like, int64_t tile, bool input_gradient) {
-  if (tile < 2 || tile > 4) fail("tile", "expected 2, 3 or 4, but got ", tile);
-  if (like.scalar_type() != torch::headeronly::ScalarType::Float)
-    fail("dtype", "expected float32, but got scalar type ", static_cast<int>(like.scalar_type()));
-  if (a.weight[2] != 3 || a.weight[3] != 3 || a.stride != Sizes{1, 1})
-    fail("weight", "expected 3x3 and stride 1, but got sizes ", text(a.weight), " and stride ", text(a.stride));
-  return {shape_of(a), tile, input_gradient};
-}
-
-const float* data_of(const std::optional<Tensor>& transformed, const cpu::WinogradShape& shape) {
-  if (!transformed) return nullptr;
-  const int64_t elements = cpu::winograd_weight_elements(shape);
-  if (transformed->scalar_type() != torch::headeronly::ScalarType::Float || !transformed->is_contiguous() ||
-      transformed->numel() != elements)
-    fail("transformed", "expected ", elements, " contiguous float32 elements, but got sizes ",
-         text(sizes_of(*transformed)));
-  return static_cast<const float*>(transformed->const_data_ptr());
-}
-
 Tensor winograd_weight_cpu(const Tensor& weight, std::vector<int64_t> input_size, std::vector<int64_t> stride,
                            std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, int64_t tile,
                            bool input_gradient) {
@@ -55,7 +36,7 @@ Tensor conv2d_winograd_cpu(const Tensor& input, const Tensor& weight, const std:
   if (output.numel() == 0) return output;
   std::optional<Tensor> dense_bias;
   if (bias) dense_bias = torch::stable::contiguous(*bias);
-  cpu::conv2d_winograd(shape, read(input), read(weight), data_of(transformed, shape),
+  cpu::conv2d_winograd(shape, read(input), read(weight), transformed_of(transformed, shape),
                        bias ? dense_bias->const_data_ptr() : nullptr, write(output));
   return output;
 }
@@ -68,7 +49,7 @@ Tensor conv2d_input_winograd_cpu(std::vector<int64_t> input_size, const Tensor& 
   const cpu::WinogradShape shape = check_winograd(a, weight, tile, true);
   Tensor grad_input = empty(a.input, weight, either_channels_last(weight, grad_output));
   if (grad_input.numel() > 0)
-    cpu::conv2d_winograd(shape, read(grad_output), read(weight), data_of(transformed, shape), nullptr, write(grad_input));
+    cpu::conv2d_winograd(shape, read(grad_output), read(weight), transformed_of(transformed, shape), nullptr, write(grad_input));
   return grad_input;
 }
 

@@ -98,25 +98,51 @@ class SamePaddedConv2d(Conv2d):
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        input, padding = self.padded(input)
+        return conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups, backend=self.backend)
+
+    def padded(self, input: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """The input with the zeros that are not symmetric, and the symmetric ones that are left to do."""
         # SAME on an even size at stride 2 starts the windows one pixel later. The op only knows symmetric zeros: it gets
         # the front's, and the missing ones behind are written out.
         shift_h, shift_w = ((n - 1) % s for n, s in zip(input.shape[2:], self.stride, strict=True))
         # A graph for every size cannot branch on whether this one is even; there, a pad by nothing is the price.
         if self.stride == (1, 1) or not (torch.compiler.is_compiling() or shift_h or shift_w):
-            return super()._conv_forward(input, weight, bias)
+            return input, cast("tuple[int, int]", self.padding)
         centred_h, centred_w = cast("tuple[int, int]", self.padding)
-        front = (centred_h - shift_h, centred_w - shift_w)
-        input = F.pad(input, (0, shift_w, 0, shift_h))
-        return conv2d(input, weight, bias, self.stride, front, self.dilation, self.groups, backend=self.backend)
+        return F.pad(input, (0, shift_w, 0, shift_h)), (centred_h - shift_h, centred_w - shift_w)
 
 
-def conv_bn(convolution: Conv2d, norm: nn.BatchNorm2d, x: Tensor, activation: str = "relu") -> Tensor:
-    """Convolution, BatchNorm and ``activation`` (``"relu"`` or ``"none"``); in inference, one pass after the convolution.
+def conv_bn(
+    convolution: nn.Module, norm: nn.Module, x: Tensor, activation: str = "relu", residual: Tensor | None = None
+) -> Tensor:
+    """Convolution, BatchNorm, sum with ``residual``, ``activation`` (``"relu"``, ``"relu6"`` or ``"none"``); one op in inference.
 
     Modules with hooks and convolutions of another class run one by one, so that nothing is skipped.
     """
     hooked = convolution._forward_hooks or convolution._forward_pre_hooks or norm._forward_hooks or norm._forward_pre_hooks
-    if norm.training or torch.is_grad_enabled() or hooked or type(convolution) is not Conv2d:
+    ours = type(convolution) in (Conv2d, SamePaddedConv2d) and type(norm) is nn.BatchNorm2d
+    if norm.training or torch.is_grad_enabled() or hooked or not ours:
         y = norm(convolution(x))
-        return F.relu(y, inplace=True) if activation == "relu" else y
-    return as_one(x, convolution, norm, norm.bias, activation)
+        y = y if residual is None else y + residual
+        return y if activation == "none" else F.relu(y, inplace=True) if activation == "relu" else F.relu6(y, inplace=True)
+    convolution, norm = cast(Conv2d, convolution), cast(nn.BatchNorm2d, norm)
+    x, padding = convolution.padded(x) if isinstance(convolution, SamePaddedConv2d) else (x, convolution.padding)
+    return as_one(x, convolution, norm, norm.bias, activation, residual=residual, padding=padding)
+
+
+class ConvBN(nn.Sequential):
+    """A Sequential that runs every convolution with the BatchNorm, and the ReLU or ReLU6, behind it by :func:`conv_bn`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        layers = list(self)
+        while layers:
+            if len(layers) == 1 or not isinstance(layers[1], nn.BatchNorm2d):
+                input = layers.pop(0)(input)
+                continue
+            convolution, norm, *layers = layers
+            kind = type(layers[0]) if layers and not layers[0]._forward_hooks else None
+            activation = "relu" if kind is nn.ReLU else "relu6" if kind is nn.ReLU6 else "none"
+            layers = layers[1:] if activation != "none" else layers
+            input = conv_bn(convolution, norm, input, activation)
+        return input

@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple, cast
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atrous_kernels.nn import Conv2d
-from segmodels.backbones.base import Backbone, Geometry, SamePaddedConv2d, plan_geometry, scaled_width, set_geometry
+from segmodels.backbones.base import Backbone, Geometry, SamePaddedConv2d, conv_bn, plan_geometry, scaled_width, set_geometry
 
 
 class Stage(NamedTuple):
@@ -69,10 +68,9 @@ class MBConv(nn.Module):
         self.residual = stride == 1 and in_channels == out_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu6(self._bn0(self._expand_conv(x)), inplace=True) if self.expands else x
-        y = F.relu6(self._bn1(self._depthwise_conv(y)), inplace=True)
-        y = self._bn2(self._project_conv(y))
-        return x + y if self.residual else y
+        y = conv_bn(self._expand_conv, self._bn0, x, "relu6") if self.expands else x
+        y = conv_bn(self._depthwise_conv, self._bn1, y, "relu6")
+        return conv_bn(self._project_conv, self._bn2, y, "none", residual=x if self.residual else None)
 
     def set_geometry(self, geometry: Geometry) -> None:
         set_geometry(self._depthwise_conv, geometry.stride, geometry.first_rate)
@@ -124,7 +122,7 @@ class EfficientNetLite(Backbone):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        x = F.relu6(self._bn0(self._conv_stem(x)), inplace=True)
+        x = conv_bn(self._conv_stem, self._bn0, x, "relu6")
         features = {}
         for index, block in enumerate(self._blocks):
             x = block(x)

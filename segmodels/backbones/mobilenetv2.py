@@ -11,7 +11,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from atrous_kernels.nn import Conv2d
-from segmodels.backbones.base import Backbone, Geometry, SamePaddedConv2d, plan_geometry, scaled_width, set_geometry
+from segmodels.backbones.base import Backbone, ConvBN, Geometry, SamePaddedConv2d, plan_geometry, scaled_width, set_geometry
 
 #: expansion, width, repeats, stride of the first repeat
 STAGES = (
@@ -31,7 +31,7 @@ def _conv_bn_relu6(
 ) -> nn.Sequential:
     layer = conv(in_channels, out_channels, kernel, stride=stride, groups=groups, bias=False)
     set_geometry(layer, stride, rate=1)
-    return nn.Sequential(layer, nn.BatchNorm2d(out_channels), nn.ReLU6(inplace=True))
+    return ConvBN(layer, nn.BatchNorm2d(out_channels), nn.ReLU6(inplace=True))
 
 
 class InvertedResidual(nn.Module):
@@ -42,7 +42,7 @@ class InvertedResidual(nn.Module):
         hidden = in_channels * expansion
         expand = [] if expansion == 1 else [_conv_bn_relu6(in_channels, hidden, 1, 1, 1, Conv2d)]
         depthwise = _conv_bn_relu6(hidden, hidden, 3, stride, hidden, conv)
-        self.conv = nn.Sequential(
+        self.conv = ConvBN(
             *expand, depthwise, Conv2d(hidden, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
         )
         self.native_stride = stride

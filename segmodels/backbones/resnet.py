@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atrous_kernels.nn import Conv2d
-from segmodels.backbones.base import Backbone, Geometry, conv_bn, plan_geometry, set_geometry
+from segmodels.backbones.base import Backbone, ConvBN, Geometry, conv_bn, plan_geometry, set_geometry
 
 WIDTHS = (64, 128, 256, 512)
 
@@ -42,14 +42,14 @@ class _Block(nn.Module):
         self.native_stride = stride
         self.downsample = None
         if stride != 1 or in_channels != out_channels:
-            self.downsample = nn.Sequential(
+            self.downsample = ConvBN(
                 Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
             )
 
     def _shortcut(self, x: Tensor) -> Tensor:
         if self.downsample is None:
             return x
-        return conv_bn(cast(Conv2d, self.downsample[0]), cast(nn.BatchNorm2d, self.downsample[1]), x, "none")
+        return self.downsample(x)
 
     def _set_shortcut_stride(self, stride: int) -> None:
         if self.downsample is not None:
@@ -71,7 +71,7 @@ class BasicBlock(_Block):
 
     def forward(self, x: Tensor) -> Tensor:
         y = conv_bn(self.conv1, self.bn1, x)
-        return F.relu(conv_bn(self.conv2, self.bn2, y, "none") + self._shortcut(x), inplace=True)
+        return conv_bn(self.conv2, self.bn2, y, residual=self._shortcut(x))
 
     def set_geometry(self, geometry: Geometry) -> None:
         set_geometry(self.conv1, geometry.stride, geometry.first_rate)
@@ -97,7 +97,7 @@ class Bottleneck(_Block):
 
     def forward(self, x: Tensor) -> Tensor:
         y = conv_bn(self.conv2, self.bn2, conv_bn(self.conv1, self.bn1, x))
-        return F.relu(conv_bn(self.conv3, self.bn3, y, "none") + self._shortcut(x), inplace=True)
+        return conv_bn(self.conv3, self.bn3, y, residual=self._shortcut(x))
 
     def set_geometry(self, geometry: Geometry) -> None:
         set_geometry(self.conv2, geometry.stride, geometry.first_rate)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from atrous_kernels import nn as kernels
 from atrous_kernels.nn import Conv2d
-from segmodels.backbones.base import set_geometry
+from segmodels.backbones.base import ConvBN, set_geometry
 
 #: Output stride for which the rates of an ASPP are given (DeepLabv3, section 3.3).
 REFERENCE_STRIDE = 16
@@ -41,7 +41,7 @@ def conv_bn_relu(
         nn.BatchNorm2d(out_channels),
         nn.ReLU(inplace=True),
     ]
-    return nn.Sequential(*layers)
+    return ConvBN(*layers)
 
 
 class ASPP(kernels.ASPP):

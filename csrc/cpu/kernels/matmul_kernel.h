@@ -71,7 +71,7 @@ template <class P, int vectors, int rows> void matmul(const MatmulTile& tile) {
     Acc* into = whole ? to : row;
 #pragma GCC unroll 4
     for (int j = 0; j < vectors; ++j)
-      store(into + j * width, finished<Acc>(c[i][j] + load(add + j * width), tile.finish, j * width));
+      store(into + j * width, finished<Acc>(c[i][j] + load(add + j * width), tile.finish, j * width, to + j * width));
     if (!whole)
       for (int64_t j = 0; j < tile.columns; ++j) to[j] = row[j];
   }

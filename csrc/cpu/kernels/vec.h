@@ -31,10 +31,11 @@ template <class T, class V> inline V between(V value, double low, double high) {
   value = value < least ? least : value;
   return value > most ? most : value;
 }
-// The vector of sums whose first channel is `channel`.
-template <class T> inline Vec<T> finished(Vec<T> sum, const Finish& by, int64_t channel) {
+// The vector of sums whose first channel is `channel`, to be written to `to`.
+template <class T> inline Vec<T> finished(Vec<T> sum, const Finish& by, int64_t channel, const T* to) {
   if (by.scale == nullptr) return sum;
   sum = sum * load(static_cast<const T*>(by.scale) + channel) + load(static_cast<const T*>(by.shift) + channel);
+  if (by.residual != 0) sum = sum + load(reinterpret_cast<const T*>(reinterpret_cast<const char*>(to) + by.residual));
   return between<T>(sum, by.low, by.high);
 }
 

@@ -127,7 +127,8 @@ template <int h, int w> struct Transforms {
       both_sides(
           rows.output, columns.output, [&](int i, int j) { return load(sums + (points * i + j) * point_step + c); },
           [&](int i, int j, Vec<float> value) {
-            store(pixels[written * i + j] + c, finished<float>(value + add, finish, c));
+            float* const to = pixels[written * i + j] + c;
+            store(to, finished<float>(value + add, finish, c, to));
           });
     }
   }
