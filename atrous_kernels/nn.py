@@ -278,7 +278,7 @@ def count_batch(norm: torch.nn.BatchNorm2d) -> float:
     return 0.0 if norm.momentum is None else norm.momentum
 
 
-def _conv_bn(layers: Any, first: int = 0) -> ConvBN:
+def conv_bn(layers: Any, first: int = 0) -> ConvBN:
     """``layers[first]`` and ``layers[first + 1]`` as the op takes them."""
     convolution, norm = layers[first], layers[first + 1]
     statistics = norm.weight, norm.bias, norm.running_mean, norm.running_var
@@ -367,9 +367,9 @@ class ASPP(torch.nn.Module):
             check_image_pooling(x.shape[0], cast(Any, pooling)[2].training and _group_of(self) is None)
         out = aspp(
             x,
-            [_conv_bn(branch) for branch in local],
-            _conv_bn(self.project),
-            None if pooling is None else _conv_bn(pooling, 1),
+            [conv_bn(branch) for branch in local],
+            conv_bn(self.project),
+            None if pooling is None else conv_bn(pooling, 1),
             process_group=_group_of(self),
             backend=self.backend,
         )

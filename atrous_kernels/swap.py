@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from atrous_kernels.nn import Conv2d
-from atrous_kernels.swap_chains import ORIGINAL, Line, name_of, swap_chains, turn
+from atrous_kernels.swap_chains import ORIGINAL, Line, has_own_forward, name_of, swap_chains, turn
+from atrous_kernels.swap_modules import find
 
 __all__ = ["Line", "Report", "swap", "unswap"]
 
@@ -47,18 +48,35 @@ class Report:
 def swap(model: nn.Module) -> Report:
     """Runs the layers of ``model`` on our kernels from now on, in place.
 
-    Swapped are modules whose type is exactly :class:`torch.nn.Conv2d`, and every :class:`torch.nn.Sequential` (or subclass
-    with its ``forward``) in which a BatchNorm2d follows one: from there on these two, and a ReLU or ReLU6 after them, run as
-    :func:`atrous_kernels.conv_bn_relu`. Parameters, buffers, state_dict, hooks (weight and spectral norm by hooks, pruning),
-    training mode, device and dtype stay as they are. Subclasses, parametrized and quantised modules and those whose
-    ``forward`` was replaced are left, each with its reason. Swapping twice changes nothing more.
+    Swapped are:
+
+    - modules whose type is exactly :class:`torch.nn.Conv2d`;
+    - every :class:`torch.nn.Sequential` (or subclass with its ``forward``) in which a BatchNorm2d follows one: from there on
+      these two, and a ReLU or ReLU6 after them, run as :func:`atrous_kernels.conv_bn_relu`;
+    - ASPP modules written as torchvision's (parallel Conv-BN-ReLU branches ``[N, C, H, W] -> [N, O, H, W]``, image pooling
+      last or absent, and the 1x1 projection of their concatenation): on the CPU they run as :func:`atrous_kernels.aspp`;
+    - pyramid pooling written as the authors' of PSPNet (per level AdaptiveAvgPool2d, layers, bilinear upsampling;
+      concatenated with the input, which comes first or last): on the CPU as :func:`atrous_kernels.pyramid_pool` and
+      :func:`atrous_kernels.upsample_concat`.
+
+    The last two are found by their structure, whatever their classes are called, and swapped after a trial: copies of the
+    module with random weights have to give the outputs, gradients and running statistics of its own ``forward``, in evaluation
+    and in training. The trial runs on the CPU (a second or two for 2048 channels), calls no hook and leaves the model and the
+    state of random numbers as they are. Where a call cannot run as one (another device, hooks set on a part since, a bias
+    before BatchNorm in training), the module's own ``forward`` runs, over its swapped convolutions and chains. A setting that
+    its ``forward`` reads from an attribute (``self.align_corners``) holds as it was at the trial.
+
+    Parameters, buffers, state_dict, hooks (weight and spectral norm by hooks, pruning), training mode, device and dtype stay
+    as they are. Subclasses of Conv2d, parametrized and quantised modules and those whose ``forward`` was replaced are left,
+    each with its reason. Swapping twice changes nothing more.
 
     Outputs and gradients agree with those of before to the rounding of sums taken in another order: in fp32 about 1e-6 of a
     layer's output, 1e-5 where Winograd's algorithm runs (``with ak.precision("ieee")`` it does not).
 
     Returns:
-        The :class:`Report`: every convolution and every chain with its path, swapped or why not. A module that occurs twice
-        is listed by its first path.
+        The :class:`Report`: every convolution, every ASPP and pyramid pooling and every chain with its path, swapped or why
+        not. A module that occurs twice is listed by its first path. A chain that only an ASPP with a ``forward`` of its own
+        runs has no line beside that of the ASPP.
 
     Raises:
         TypeError: ``model`` is no :class:`torch.nn.Module`, or was made by ``torch.jit`` (its code is fixed: swap before).
@@ -72,8 +90,18 @@ def swap(model: nn.Module) -> Report:
         if reason is None:
             turn(module, Conv2d, backend="auto")
         lines.append(Line(path or _ITSELF, name_of(type(module)), reason))
+    inside: set[nn.Module] = set()
     for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Sequential):
+        found = find(module)
+        if found is None:
+            continue
+        if found.into is not None:
+            turn(module, found.into)
+        if found.ours:
+            inside.update(module.modules())
+        lines.append(Line(path or _ITSELF, found.what, found.left))
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Sequential) and not (module in inside and has_own_forward(module)):
             lines += swap_chains(path, module)
     return Report(tuple(lines))
 

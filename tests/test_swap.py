@@ -275,7 +275,8 @@ def test_a_deeplab_written_like_torchvisions() -> None:
     chains = {line.path: line.what for line in report.swapped if line.what != "Conv2d"}
     assert chains["classifier.0.convs.2[0:3]"] == chains["classifier.0.convs.4[1:4]"] == "Conv2d + BatchNorm2d + ReLU"
     assert chains["backbone.layer1.0.downsample[0:2]"] == "Conv2d + BatchNorm2d"
-    assert len(chains) == 4 + 6 + 1 + 1
+    assert chains["classifier.0"].endswith("_ASPP as aspp")
+    assert len(chains) == 4 + 6 + 1 + 1 + 1
     assert not report.left
     assert list(model.state_dict()) == keys
     for key, truth in expected.items():
