@@ -21,6 +21,7 @@ constexpr int64_t block_pixels = 180;
 constexpr int64_t small_block_pixels = 36;
 constexpr int64_t stage_bytes = 4 << 20;
 constexpr int64_t cache_alias = 2048;  // bytes
+constexpr int64_t cached_weights = 256 << 10;  // bytes
 
 // Images [image, image_end) and written rows [row, row_end), and the source rows that these read.
 struct Slab {
@@ -186,7 +187,10 @@ template <class S, class A> class DenseCorrelation {
       }
     }
     const int64_t panels = static_cast<int64_t>(layout_.panels.size());
-    const int64_t block = pixels * panels >= 8 * threads_ * block_pixels ? block_pixels : small_block_pixels;
+    // Few weights stay in a second-level cache while all panels of a small block are written, whole lines of pixels at a time.
+    const bool few_weights = panels > 1 && layout_.elements * static_cast<int64_t>(sizeof(A)) <= cached_weights;
+    const bool tall = !few_weights && pixels * panels >= 8 * threads_ * block_pixels;
+    const int64_t block = tall ? block_pixels : small_block_pixels;
     std::vector<Item> items;
     sums_elements_ = 0;
     for (const auto& [h, w] : rectangles) {

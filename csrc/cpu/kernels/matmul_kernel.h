@@ -38,6 +38,16 @@ struct PairProduct {
 template <class P, int vectors, int rows> void matmul(const MatmulTile& tile) {
   using Acc = typename P::Acc;
   constexpr int width = lanes<Acc>;
+  // By the time that the sums are ready, the lines they go to have arrived.
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; ++j) {
+      const char* to = static_cast<const char*>(tile.c[i]) + j * vector_bytes;
+      __builtin_prefetch(to, 1);
+      if (tile.finish.residual != 0) __builtin_prefetch(to + tile.finish.residual);
+    }
+  }
   Vec<Acc> c[rows][vectors] = {};
   for (int64_t tap = 0; tap < tile.taps; ++tap) {
     const char* a[rows];
