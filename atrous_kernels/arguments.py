@@ -37,6 +37,8 @@ def check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def as_pair(name: str, value: Size) -> tuple[int, int]:
     """An int, a one-element or a two-element sequence as (height, width)."""
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is int is type(value[1]):
+        return value
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return value, value
     if not isinstance(value, (tuple, list, torch.Size)) or not all(

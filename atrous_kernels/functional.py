@@ -84,7 +84,8 @@ def conv2d(
     elif not (type(padding) is tuple and len(padding) == 2):
         padding = as_pair("padding", padding)
     check_geometry(input, weight, bias, stride, padding, dilation, groups, unbatched)
-    out = _conv2d_op.conv2d(input, weight, bias, stride, padding, dilation, groups, backend)
+    run = _conv2d_op.conv2d_kernel if _conv2d_op.unobserved(input, weight, bias) else _conv2d_op.conv2d
+    out = run(input, weight, bias, stride, padding, dilation, groups, backend)
     return out.squeeze(0) if unbatched else out
 
 

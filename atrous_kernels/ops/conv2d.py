@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from atrous_kernels import dispatch, native, tuned
 from atrous_kernels.dispatch import Implementation
@@ -34,6 +35,11 @@ Ints = Sequence[int]
 
 def is_channels_last(tensor: Tensor) -> bool:
     """Whether the strides say NHWC, by the framework's own rule (ambiguous shapes count as contiguous)."""
+    if not tensor.is_contiguous(memory_format=torch.channels_last):
+        if tensor.is_contiguous():
+            return False
+    elif not tensor.is_contiguous():
+        return True
     sizes, strides = tensor.shape, tensor.stride()
     if strides[1] == 0:
         return False
@@ -112,7 +118,7 @@ def problem_of(
 # Kernels --------------------------------------------------------------------------------------------------------------
 
 
-def _conv2d(
+def conv2d_kernel(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -122,6 +128,7 @@ def _conv2d(
     groups: int,
     backend: str,
 ) -> Tensor:
+    """What the op ``conv2d`` runs."""
     layout = layout_of(input, weight)
     geometry = (stride, padding, dilation, groups)
     chosen = pick("conv2d", backend, input.shape, weight.shape, geometry, input, layout is torch.channels_last)
@@ -161,9 +168,26 @@ def _conv2d_weight(
     return chosen.run(dense(input), list(weight_size), dense(grad_output), *geometry).contiguous(memory_format=layout)
 
 
-for _name, _kernel in (("conv2d", _conv2d), ("conv2d_input", _conv2d_input), ("conv2d_weight", _conv2d_weight)):
+for _name, _kernel in (("conv2d", conv2d_kernel), ("conv2d_input", _conv2d_input), ("conv2d_weight", _conv2d_weight)):
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _kernel, _key)
+
+
+# An op in Python costs the dispatcher more than a small convolution takes.
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def unobserved(*tensors: Tensor | None) -> bool:
+    """Whether the kernel of an op may be called as a function: no graph, trace, transform, mode or autocast has to see the op."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or torch._C._get_tracing_state() is not None:
+        return False
+    if torch._C._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0:
+        return False
+    grad, wrapped = torch.is_grad_enabled(), torch._C._functorch.is_functorch_wrapped_tensor
+    for t in tensors:
+        if t is not None and (type(t) not in _PLAIN or (grad and t.requires_grad) or not t.is_cpu or wrapped(t)):
+            return False
+    return True
 
 
 # Fake -----------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ _library.define(
 )
 
 
-def _conv_bn_act(
+def conv_bn_act_kernel(
     input: Tensor,
     weight: Tensor,
     bn_weight: Tensor | None,
@@ -50,6 +50,7 @@ def _conv_bn_act(
     groups: int,
     backend: str,
 ) -> Tensor:
+    """What the op runs."""
     layout = conv.layout_of(input, weight)
     geometry = (stride, padding, dilation, groups)
     pick = conv.pick("conv_bn_act", backend, input.shape, weight.shape, geometry, input, layout is torch.channels_last)
@@ -66,7 +67,7 @@ def activate_(tensor: Tensor, activation: str) -> Tensor:
 
 
 for _key in ("CPU", "CUDA"):
-    _library.impl("conv_bn_act", _conv_bn_act, _key)
+    _library.impl("conv_bn_act", conv_bn_act_kernel, _key)
 
 
 @torch.library.register_fake("atrous::conv_bn_act", lib=_library)

@@ -18,7 +18,7 @@ from torch import Tensor
 from atrous_kernels import dispatch, native
 from atrous_kernels.dispatch import Implementation
 from atrous_kernels.ops import conv2d as conv
-from atrous_kernels.ops.conv_bn_act import BOUNDS, NATIVE_DTYPES, conv_bn_act
+from atrous_kernels.ops.conv_bn_act import BOUNDS, NATIVE_DTYPES, conv_bn_act, conv_bn_act_kernel
 from atrous_kernels.problem import ConvProblem
 from atrous_kernels.reference import conv_bn_relu as reference
 
@@ -442,7 +442,8 @@ def conv_bn_relu(
         if torch.is_autocast_enabled("cpu") and input.dtype is not torch.float64:
             operands = [None if t is None else t.to(torch.get_autocast_dtype("cpu")) for t in operands]
         input, weight, residual = operands  # type: ignore[assignment]
-        return conv_bn_act(input, weight, *norm, residual, eps, activation, *geometry, backend)
+        run: Any = conv_bn_act_kernel if conv.unobserved(input, weight, residual, *norm) else conv_bn_act
+        return run(input, weight, *norm, residual, eps, activation, *geometry, backend)
     if residual is not None:
         out = conv_bn_relu(
             input, weight, norm, geometry, training=training, momentum=momentum, eps=eps, activation="none",
