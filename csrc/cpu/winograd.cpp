@@ -16,8 +16,9 @@
 namespace atrous::cpu {
 namespace {
 
-// Transformed source and sums of one block of tiles: small enough to stay in a shared cache.
-constexpr int64_t block_bytes = 16 << 20;
+// Transformed source and sums of one block of tiles stay in a shared cache, unless the weights, which every block reads
+// anew, are larger than that.
+constexpr int64_t block_bytes = 16 << 20, most_block_bytes = 64 << 20;
 constexpr int64_t staged_channels = 64;
 constexpr int64_t max_pixels = max_tile_side * max_tile_side;
 
@@ -93,7 +94,9 @@ struct Points {
 // What forward pass, input gradient and weight gradient share: the tiles, cut into blocks of whole rows of tiles.
 class Winograd {
  protected:
-  Winograd(const Axis& h, const Axis& w, int64_t batch, int64_t tile, int64_t channels, double flops)
+  // weight_passes: how often a block moves the weights of src_channels x dst_channels.
+  Winograd(const Axis& h, const Axis& w, int64_t batch, int64_t tile, int64_t src_channels, int64_t dst_channels,
+           int64_t weight_passes, double flops)
       : h_(h, tile),
         w_(w, tile),
         points_(h_.size.points * w_.size.points),
@@ -102,10 +105,13 @@ class Winograd {
         tiles_per_row_(w_.tiles()),
         total_rows_(batch * h_.tiles()),
         threads_(threads_for(flops)) {
-    const int64_t bytes = total_rows_ * points_ * tiles_per_row_ * channels * static_cast<int64_t>(sizeof(float));
-    const int64_t blocks = std::clamp<int64_t>(ceil_div(bytes, block_bytes), 1, std::max<int64_t>(total_rows_, 1));
+    const int64_t point_bytes = points_ * static_cast<int64_t>(sizeof(float));
+    const int64_t bytes = total_rows_ * tiles_per_row_ * (src_channels + dst_channels) * point_bytes;
+    const int64_t weight_bytes = weight_passes * src_channels * dst_channels * point_bytes;
+    const int64_t block = std::clamp(weight_bytes, block_bytes, most_block_bytes);
+    const int64_t blocks = std::clamp<int64_t>(ceil_div(bytes, block), 1, std::max<int64_t>(total_rows_, 1));
     rows_per_block_ = ceil_div(total_rows_, blocks);
-    zeros_.resize(static_cast<size_t>(channels));
+    zeros_.resize(static_cast<size_t>(src_channels + dst_channels));
   }
 
   Reader source_reader(ConstTensor tensor, int64_t channels) const {
@@ -186,7 +192,7 @@ class Winograd {
 class WinogradCorrelation : Winograd {
  public:
   WinogradCorrelation(const Correlation& job, int64_t tile)
-      : Winograd(job.h, job.w, job.batch, tile, Layout(job).depth + Layout(job).columns, job.flops()),
+      : Winograd(job.h, job.w, job.batch, tile, Layout(job).depth, Layout(job).columns, 1, job.flops()),
         job_(job),
         layout_(job),
         write_in_place_(job.dst.strides.c == 1 && job.dst_channels % lanes_ == 0) {}
@@ -320,8 +326,8 @@ class WinogradWeightGradient : Winograd {
                          MutableTensor grad_weight)
       : Winograd(forward_axis(s.in_h, s.out_h, 3, 1, s.padding_h, s.dilation_h),
                  forward_axis(s.in_w, s.out_w, 3, 1, s.padding_w, s.dilation_w), s.batch, tile,
-                 round_up(s.in_channels / s.groups, winograd_kernels().lanes) +
-                     round_up(s.out_channels / s.groups, winograd_kernels().lanes),
+                 round_up(s.in_channels / s.groups, winograd_kernels().lanes),
+                 round_up(s.out_channels / s.groups, winograd_kernels().lanes), 2,
                  18.0 * static_cast<double>(s.batch * s.out_h * s.out_w * s.out_channels) *
                      static_cast<double>(s.in_channels / s.groups)),
         groups_(s.groups),
@@ -368,7 +374,8 @@ class WinogradWeightGradient : Winograd {
                 const Points& weight_points, float* weight) const {
     const OuterKernels& outer = outer_kernels<float>();
     const int64_t widest = outer.vectors * lanes_;
-    const int64_t panels = ceil_div(grad_output_.padded, widest);
+    const int64_t strip = 16 * outer.rows;  // channels whose tiles stay in a second-level cache while all columns meet them
+    const int64_t strips = ceil_div(input_.channels, strip);
     const int64_t input_row = tiles_per_row_ * input_points.tile_step, grad_row = tiles_per_row_ * grad_points.tile_step;
     std::vector<std::vector<std::pair<int64_t, int64_t>>> runs;
     std::vector<int64_t> cost, columns;
@@ -377,20 +384,24 @@ class WinogradWeightGradient : Winograd {
       columns.push_back(point % w_.size.points < w_.size.shared ? tiles_per_row_ : w_.whole);
       int64_t tiles = 1;
       for (const auto& [first, last] : runs.back()) tiles += (last - first) * columns.back();
-      cost.insert(cost.end(), panels, tiles);
+      cost.insert(cost.end(), strips, tiles);
     }
     parallel_by_cost(cost, threads_, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t point = task / panels, column = task % panels * widest;
-        const int64_t vectors = std::min(widest, grad_output_.padded - column) / lanes_;
+        const int64_t point = task / strips, begin_channel = task % strips * strip;
+        const int64_t end_channel = std::min(begin_channel + strip, input_.channels);
         const float* a = input + point * input_points.point_step;
-        const float* b = grad + point * grad_points.point_step + column;
-        float* c = weight + point * weight_points.point_step + column;
-        for (int64_t channel = 0; channel < input_.channels; channel += outer.rows)
-          for (const auto& [first, last] : runs[point])
-            outer.kernel[vectors]({last - first, columns[point], a + first * input_row + channel, b + first * grad_row,
-                                   input_row, input_points.tile_step, grad_row, grad_points.tile_step,
-                                   c + channel * weight_points.tile_step, weight_points.tile_step});
+        const float* b = grad + point * grad_points.point_step;
+        float* c = weight + point * weight_points.point_step;
+        for (int64_t column = 0; column < grad_output_.padded; column += widest) {
+          const int64_t vectors = std::min(widest, grad_output_.padded - column) / lanes_;
+          for (int64_t channel = begin_channel; channel < end_channel; channel += outer.rows)
+            for (const auto& [first, last] : runs[point])
+              outer.kernel[vectors]({last - first, columns[point], a + first * input_row + channel,
+                                     b + first * grad_row + column, input_row, input_points.tile_step, grad_row,
+                                     grad_points.tile_step, c + channel * weight_points.tile_step + column,
+                                     weight_points.tile_step});
+        }
       }
     });
   }
