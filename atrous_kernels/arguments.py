@@ -35,6 +35,20 @@ def check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise RuntimeError(f"Expected 3D (unbatched) or 4D (batched) input to conv2d, but got input of size: {list(input.shape)}")
 
 
+def check_depthwise(input: Tensor, weight: Tensor) -> int:
+    """The number of channels of the input: that of the groups."""
+    check_tensors(input, weight, None)
+    channels = input.shape[-3]
+    if channels == 0:
+        raise ValueError(f"input of shape {list(input.shape)}: expected at least one channel")
+    if weight.shape[1] != 1 or weight.shape[0] % channels or weight.shape[0] == 0:
+        raise ValueError(
+            f"weight of shape {list(weight.shape)}: expected [{channels}, 1, kh, kw], or m * {channels} for m filters per "
+            f"channel, as the input of shape {list(input.shape)} has {channels} channels"
+        )
+    return channels
+
+
 def as_pair(name: str, value: Size) -> tuple[int, int]:
     """An int, a one-element or a two-element sequence as (height, width)."""
     if type(value) is tuple and len(value) == 2 and type(value[0]) is int is type(value[1]):

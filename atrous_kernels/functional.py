@@ -15,6 +15,7 @@ from atrous_kernels.arguments import (
     as_pair,
     check_aspp,
     check_conv_bn_relu,
+    check_depthwise,
     check_geometry,
     check_levels,
     check_pyramid,
@@ -87,6 +88,37 @@ def conv2d(
     run = _conv2d_op.conv2d_kernel if _conv2d_op.unobserved(input, weight, bias) else _conv2d_op.conv2d
     out = run(input, weight, bias, stride, padding, dilation, groups, backend)
     return out.squeeze(0) if unbatched else out
+
+
+def depthwise_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """:func:`conv2d` with one group per channel: every filter reads one channel.
+
+    Args:
+        input: ``[N, C, H, W]`` or ``[C, H, W]``, ``C`` at least 1; dtypes and strides as :func:`conv2d`.
+        weight: ``[C, 1, kh, kw]``, or ``[m C, 1, kh, kw]``: filters ``m c`` to ``m c + m - 1`` read channel ``c``.
+        bias: ``[m C]`` or None.
+        stride, padding, dilation, backend: as in :func:`conv2d`. Winograd's algorithm is not for depthwise convolution.
+
+    Returns:
+        ``[N, m C, H', W']`` (or ``[m C, H', W']``), sizes and layout as :func:`conv2d`.
+
+    Raises:
+        ValueError: a weight whose filters read more than one channel or do not divide among the channels; no channel.
+        RuntimeError, TypeError, ValueError: as :func:`conv2d`.
+
+    Differentiable twice in input, weight and bias. :func:`explain` knows it as ``"conv2d"`` with ``groups=C``.
+    Source: Chen et al., "Encoder-Decoder with Atrous Separable Convolution", 2018 (DeepLabv3+), section 3.1.
+    """
+    return conv2d(input, weight, bias, stride, padding, dilation, check_depthwise(input, weight), backend=backend)
 
 
 def pyramid_pool(input: Tensor, bins: Sequence[Size] = (1, 2, 3, 6), *, mode: str = "avg", backend: str = "auto") -> list[Tensor]:
