@@ -48,6 +48,17 @@ def test_the_outcome_is_recorded_per_op_and_instruction_set(tmp_path: Path) -> N
     assert (run["op"], run["problems"], run["mismatches"], run["seed"]) == ("conv2d", 3, 0, 0)
 
 
+def test_a_recorded_run_goes_on_where_it_ended(tmp_path: Path) -> None:
+    path = tmp_path / "fuzz.json"
+    run = ["--op", "upsample_argmax", "--problems", "2", "--json", str(path)]
+    assert fuzz.main(run) == 0
+    assert fuzz.main([*run, "--first", "2"]) == 0
+    assert [each["problems"] for each in json.loads(path.read_text())["runs"]] == [4]
+    for wrong in (["--first", "2"], ["--first", "4", "--seed", "1"]):
+        with pytest.raises(SystemExit, match=rf"expected {path} to hold {wrong[1]} problems of upsample_argmax with this seed"):
+            fuzz.main([*run, *wrong])
+
+
 def test_a_library_folder_asked_for_by_name_must_have_the_library(tmp_path: Path) -> None:
     program = "from atrous_kernels import native; native.cpu_missing()"
     environment = os.environ | {"ATROUS_LIBRARY_DIR": str(tmp_path)}
