@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from itertools import product
 
@@ -14,6 +12,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from atrous_kernels import native
+from tests.repeats import assert_same_bits_for_threads, built_isas, repeat_capped
 
 pytestmark = pytest.mark.skipif(native.cpu_missing() is not None, reason=str(native.cpu_missing()))
 
@@ -158,16 +157,7 @@ def test_strides_that_are_neither_layout() -> None:
 @EACH_CASE
 def test_same_bits_for_any_number_of_threads(case: Case) -> None:
     args = tensors(case, torch.float32, "nhwc")
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 3, 1):
-            torch.set_num_threads(count)
-            results.append(ours(case, *args))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_same_bits_for_threads(lambda: ours(case, *args))
 
 
 def test_a_large_problem_gives_the_same_bits_and_the_right_ones() -> None:
@@ -241,23 +231,10 @@ def test_gradient_sizes_are_checked() -> None:
         torch.ops.atrous_native.conv2d_input([1, 4, 6, 5], weight, grad, ones, ones, ones, 1)
 
 
-def _isas() -> list[str]:
-    facts = native.introspect()
-    if facts is None:
-        return ["portable"]
-    built = facts.build_facts()["isas"]
-    return [*built[: built.index(facts.selected_isa()) + 1], "nonsense"]
-
-
-@pytest.mark.parametrize("isa", _isas())
+@pytest.mark.parametrize("isa", [*built_isas(), "nonsense"])
 def test_every_instruction_set(isa: str) -> None:
-    """This module again, in a process capped to one instruction set and with poisoned memory."""
-    if os.environ.get("ATROUS_POISON"):
-        pytest.skip("already inside the capped process")
-    environment = os.environ | {"ATROUS_CPU_ISA": isa, "ATROUS_POISON": "1"}
-    chosen = "float64 or integers or large"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    """This module again, capped and with poisoned memory."""
+    done = repeat_capped(isa, "float64 or integers or large", __file__)
     if isa == "nonsense":
         assert done.returncode != 0
         assert "ATROUS_CPU_ISA=nonsense is unknown: expected one of portable" in done.stdout

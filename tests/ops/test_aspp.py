@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import atrous_kernels as ak
 from atrous_kernels import native
+from tests.repeats import assert_same_bits_for_threads
 
 BACKENDS = ("auto", "cpu", "torch", "reference")
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -152,18 +153,9 @@ def test_the_concatenation_is_never_made() -> None:
 
 def test_thread_counts_give_the_same_bits() -> None:
     _skip_unless_runnable("cpu")
-    threads = torch.get_num_threads()
     ours = ak.nn.ASPP(24, 40, (3, 6), dropout=0.0, backend="cpu")
     x, g = torch.randn(2, 24, 21, 19), torch.randn(2, 40, 21, 19)
-    try:
-        results = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append({k: v.clone() for k, v in _results(ours, x, g).items() if "running" not in k})
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(value, other[name]) for name, value in results[0].items())
+    assert_same_bits_for_threads(lambda: [v for k, v in _results(ours, x, g).items() if "running" not in k])
 
 
 @pytest.mark.parametrize("training", [True, False])

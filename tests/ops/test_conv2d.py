@@ -5,9 +5,6 @@ Triton kernels (interpreter) and CUDA kernels (host emulation) have their own fo
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
 import warnings
 from typing import Any
 
@@ -22,6 +19,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 import atrous_kernels as ak
 from atrous_kernels.ops.conv2d import conv2d, conv2d_input, conv2d_weight
 from atrous_kernels.problem import out_extent
+from tests.repeats import assert_same_bits_for_threads
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CPU_BACKENDS = ("auto", "reference", "cpu", "torch")
@@ -381,23 +379,14 @@ def test_module_backend_shows_in_its_repr_and_is_obeyed() -> None:
 
 
 def test_thread_counts_give_the_same_bits() -> None:
-    # The number of threads may move work between threads, never change the order of a sum.
-    program = (
-        "import torch, sys, hashlib, atrous_kernels as ak\n"
-        "from atrous_kernels import native\n"
-        "if native.cpu_missing(): print('missing'); sys.exit()\n"
-        "torch.manual_seed(0); digest = hashlib.sha256()\n"
-        "x, w = torch.randn(2, 40, 21, 21, requires_grad=True), torch.randn(48, 40, 3, 3, requires_grad=True)\n"
-        "for n in (1, 2, 3):\n"
-        "    torch.set_num_threads(n)\n"
-        "    out = ak.conv2d(x, w, padding=6, dilation=6, backend='cpu')\n"
-        "    grads = torch.autograd.grad(out.square().sum(), (x, w))\n"
-        "    print(hashlib.sha256(b''.join(t.detach().numpy().tobytes() for t in (out, *grads))).hexdigest())\n"
-    )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    if "missing" in result.stdout:
-        pytest.skip("the CPU library was not built")
-    assert re.fullmatch(r"(\w{64})\n\1\n\1\n", result.stdout)
+    _skip_unless_runnable("cpu")
+    x, w = torch.randn(2, 40, 21, 21, requires_grad=True), torch.randn(48, 40, 3, 3, requires_grad=True)
+
+    def call() -> list[Tensor]:
+        out = ak.conv2d(x, w, padding=6, dilation=6, backend="cpu")
+        return [out, *torch.autograd.grad(out.square().sum(), (x, w))]
+
+    assert_same_bits_for_threads(call)
 
 
 def test_more_than_2_to_the_31_elements() -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 import atrous_kernels as ak
 from atrous_kernels import native
 from atrous_kernels.ops import conv_bn_relu as op
+from tests.repeats import assert_same_bits_for_threads, built_isas, repeat_capped
 
 BACKENDS = ("auto", "cpu", "torch", "reference")
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -211,23 +212,13 @@ def test_not_a_number_stays_one() -> None:
     assert ak.conv_bn_relu(x, w, None, None, None, None, training=True).isnan().all()
 
 
-def test_thread_counts_give_the_same_bits() -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_thread_counts_give_the_same_bits(layout: str) -> None:
     if native.cpu_missing():
         pytest.skip(str(native.cpu_missing()))
-    threads = torch.get_num_threads()
-    try:
-        for layout in LAYOUTS:
-            tensors = _tensors(dict(x=(3, 16, 45, 47), o=65, k=3, padding=2, dilation=2), torch.float32, layout)
-            results = []
-            for count in (1, 2, 3, 1):
-                torch.set_num_threads(count)
-                results.append(
-                    _run(lambda *a: ak.conv_bn_relu(*a, training=True, padding=2, dilation=2, backend="cpu"), tensors)
-                )
-            for other in results[1:]:
-                assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-    finally:
-        torch.set_num_threads(threads)
+    tensors = _tensors(dict(x=(3, 16, 45, 47), o=65, k=3, padding=2, dilation=2), torch.float32, layout)
+    call = partial(ak.conv_bn_relu, training=True, padding=2, dilation=2, backend="cpu")
+    assert_same_bits_for_threads(lambda: _run(call, tensors))
 
 
 def test_neither_activation_nor_mask_is_kept() -> None:
@@ -415,23 +406,10 @@ def test_two_processes_are_one_batch(backend: str, tmp_path: Path) -> None:
         torch.testing.assert_close(first[index], getattr(layer[1], name))
 
 
-def _isas() -> list[str]:
-    facts = native.introspect()
-    if facts is None:
-        return []
-    built = facts.build_facts()["isas"]
-    return built[: built.index(facts.selected_isa()) + 1]
-
-
-@pytest.mark.parametrize("isa", _isas())
+@pytest.mark.parametrize("isa", built_isas())
 def test_every_instruction_set(isa: str) -> None:
-    """Part of this module again, in a process capped to one instruction set and with poisoned memory."""
-    if os.environ.get("ATROUS_POISON"):
-        pytest.skip("already inside the capped process")
-    environment = os.environ | {"ATROUS_CPU_ISA": isa, "ATROUS_POISON": "1"}
-    chosen = "(against_float64 and cpu) or far_from_zero or thread_counts"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    """Part of this module again, capped and with poisoned memory."""
+    done = repeat_capped(isa, "(against_float64 and cpu) or far_from_zero or thread_counts", __file__)
     assert done.returncode == 0, done.stdout
 
 

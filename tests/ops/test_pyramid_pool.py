@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +15,7 @@ from torch import Tensor
 import atrous_kernels as ak
 from atrous_kernels import native
 from atrous_kernels.ops.pyramid_pool import pyramid_pool, pyramid_pool_input
+from tests.repeats import assert_same_bits, built_isas, repeat_capped
 
 BACKENDS = ("auto", "cpu", "torch", "reference")
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -173,48 +171,25 @@ def test_compiles_whole_and_with_dynamic_sizes() -> None:
 
 
 _BITS = """
-import hashlib, torch, atrous_kernels as ak
-torch.manual_seed(0)
-for threads in (1, 2, 3):
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    digest = hashlib.sha256()
-    for layout in (torch.contiguous_format, torch.channels_last):
-        for dtype in (torch.float32, torch.bfloat16):
-            x = torch.randn(1, 300, 31, 29).to(dtype).contiguous(memory_format=layout).requires_grad_()
-            for mode in ("avg", "max"):
-                out = ak.pyramid_pool(x, mode=mode, backend="cpu")
-                grad = torch.autograd.grad(out, x, [torch.ones_like(level) for level in out])
-                for t in (*out, *grad):
-                    digest.update(t.detach().float().numpy().tobytes())
-    print(digest.hexdigest())
+for layout in (torch.contiguous_format, torch.channels_last):
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(1, 300, 31, 29).to(dtype).contiguous(memory_format=layout).requires_grad_()
+        for mode in ("avg", "max"):
+            out = ak.pyramid_pool(x, mode=mode, backend="cpu")
+            results += [*out, *torch.autograd.grad(out, x, [torch.ones_like(level) for level in out])]
 """
 
 
 @pytest.mark.skipif(native.cpu_missing() is not None, reason=str(native.cpu_missing()))
 def test_same_bits_for_any_number_of_threads_and_with_poisoned_scratch() -> None:
-    runs = []
-    for poison in ("0", "1"):
-        environment = dict(os.environ, ATROUS_POISON=poison)
-        done = subprocess.run([sys.executable, "-c", _BITS], capture_output=True, text=True, check=True, env=environment)
-        runs += done.stdout.split()
-    assert len(runs) == 6
-    assert len(set(runs)) == 1
+    assert_same_bits(_BITS)
 
 
-@pytest.mark.skipif(native.cpu_missing() is not None, reason=str(native.cpu_missing()))
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-def test_every_capped_instruction_set(isa: str) -> None:
-    program = (
-        "import torch, atrous_kernels as ak\nfrom tests.ops.test_pyramid_pool import _compare, PROBLEMS\n"
-        "for size, bins in PROBLEMS.values():\n for mode in ('avg', 'max'):\n  for layout in ('nchw', 'nhwc'):\n"
-        "   for dtype in (torch.float32, torch.float64, torch.bfloat16): _compare(size, bins, mode, dtype, layout, 'cpu')\n"
-    )
-    environment = dict(os.environ, ATROUS_CPU_ISA=isa)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
-    if "does not have that instruction set" in done.stderr or "is unknown" in done.stderr:
-        pytest.skip(done.stderr.strip().splitlines()[-1])
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("isa", built_isas())
+def test_every_instruction_set(isa: str) -> None:
+    """Every problem again, capped and with poisoned memory."""
+    done = repeat_capped(isa, "against_float64 and cpu", __file__)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.skipif(native.cpu_missing() is not None, reason=str(native.cpu_missing()))

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -20,6 +16,7 @@ import atrous_kernels as ak
 from atrous_kernels import native
 from atrous_kernels.ops.upsample_cross_entropy import upsample_cross_entropy, upsample_cross_entropy_backward
 from atrous_kernels.reference.upsample_cross_entropy import hard_pixels, interpolation_matrix
+from tests.repeats import assert_same_bits_for_threads, built_isas, repeat_capped
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("auto", "reference", "cpu", "torch")
@@ -392,26 +389,19 @@ def test_module() -> None:
     assert "label_smoothing=0.3" in repr(module)
 
 
+@pytest.mark.skipif(native.cpu_missing() is not None, reason="the CPU library was not built")
 def test_thread_counts_give_the_same_bits() -> None:
     # Rows of the gradient that two threads share are sums of two parts, losses are summed task by task.
-    program = (
-        "import torch, sys, hashlib, atrous_kernels as ak\n"
-        "from atrous_kernels import native\n"
-        "if native.cpu_missing(): print('missing'); sys.exit()\n"
-        "x, t = torch.randn(2, 21, 9, 9, requires_grad=True), torch.randint(0, 21, (2, 129, 129))\n"
-        "for n in (1, 2, 3, 5):\n"
-        "    torch.set_num_threads(n)\n"
-        "    data = []\n"
-        "    for options in ({}, {'hard_fraction': 0.2}, {'reduction': 'none'}):\n"
-        "        loss = ak.upsample_cross_entropy(x, t, weight=torch.arange(21) + 0.1, backend='cpu', **options)\n"
-        "        data += [loss.detach(), *torch.autograd.grad(loss, x, torch.ones_like(loss))]\n"
-        "    data.append(ak.upsample_argmax(x, 129, backend='cpu'))\n"
-        "    print(hashlib.sha256(b''.join(d.numpy().tobytes() for d in data)).hexdigest())\n"
-    )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    if "missing" in result.stdout:
-        pytest.skip("the CPU library was not built")
-    assert re.fullmatch(r"(\w{64})\n\1\n\1\n\1\n", result.stdout)
+    x, target = torch.randn(2, 21, 9, 9, requires_grad=True), torch.randint(0, 21, (2, 129, 129))
+
+    def call() -> list[Tensor]:
+        results = [ak.upsample_argmax(x, 129, backend="cpu")]
+        for options in ({}, {"hard_fraction": 0.2}, {"reduction": "none"}):
+            loss = ak.upsample_cross_entropy(x, target, weight=torch.arange(21) + 0.1, backend="cpu", **options)
+            results += [loss, *torch.autograd.grad(loss, x, torch.ones_like(loss))]
+        return results
+
+    assert_same_bits_for_threads(call)
 
 
 @pytest.mark.skipif(native.cpu_missing() is not None, reason="the CPU library was not built")
@@ -435,23 +425,10 @@ def test_more_than_2_to_the_31_elements() -> None:
     assert loss.item() == pytest.approx(math.log(2))
 
 
-def _isas() -> list[str]:
-    facts = native.introspect()
-    if facts is None:
-        return ["portable"]
-    built = facts.build_facts()["isas"]
-    return built[: built.index(facts.selected_isa()) + 1]
-
-
-@pytest.mark.skipif(native.cpu_missing() is not None, reason="the CPU library was not built")
-@pytest.mark.parametrize("isa", _isas())
+@pytest.mark.parametrize("isa", built_isas())
 def test_every_instruction_set(isa: str) -> None:
-    """Both ops again, in a process capped to one instruction set and with poisoned scratch memory."""
-    if os.environ.get("ATROUS_POISON"):
-        pytest.skip("already inside the capped process")
-    environment = os.environ | {"ATROUS_CPU_ISA": isa, "ATROUS_POISON": "1"}
-    files = [__file__, __file__.replace("cross_entropy", "argmax")]
+    """Both ops again, capped and with poisoned scratch memory."""
+    files = __file__, __file__.replace("cross_entropy", "argmax")
     chosen = "against_float64 and nhwc and cpu or nan_reaches or large_logits or ties or without_rounding"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", chosen]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = repeat_capped(isa, chosen, *files)
     assert done.returncode == 0, done.stdout

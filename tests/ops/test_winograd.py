@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +13,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 import atrous_kernels as ak
 from atrous_kernels import dispatch, native, tuned
 from atrous_kernels.problem import ConvProblem, winograd_tile
+from tests.repeats import assert_same_bits_for_threads, built_isas, repeat_capped
 
 pytestmark = pytest.mark.skipif(native.cpu_missing() is not None, reason=str(native.cpu_missing()))
 
@@ -130,16 +127,7 @@ def test_error_stays_within_what_the_documentation_says(tile: int) -> None:
 
 def test_same_bits_for_any_number_of_threads() -> None:
     x, w = torch.randn(3, 64, 21, 22), torch.randn(96, 64, 3, 3)
-    results = []
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(_three(x, w, None, 4, ((1, 1), (2, 2), (2, 2), 1)))
-    finally:
-        torch.set_num_threads(threads)
-    for others in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+    assert_same_bits_for_threads(lambda: _three(x, w, None, 4, ((1, 1), (2, 2), (2, 2), 1)))
 
 
 def test_many_blocks_of_tiles() -> None:
@@ -148,20 +136,11 @@ def test_many_blocks_of_tiles() -> None:
     _check(case, 4, torch.contiguous_format)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", built_isas())
 def test_every_instruction_set(isa: str) -> None:
-    facts = native.introspect()
-    isas = facts.build_facts()["isas"] if facts is not None else []
-    if facts is None or isa not in isas[: isas.index(facts.selected_isa()) + 1]:
-        pytest.skip(f"{isa} is not built, or this CPU lacks it")
-    chosen = "float64 or integers or threads or blocks"
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen],
-        env=os.environ | {"ATROUS_CPU_ISA": isa, "ATROUS_POISON": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    """Part of this module again, capped and with poisoned memory."""
+    done = repeat_capped(isa, "float64 or integers or threads or blocks", __file__)
+    assert done.returncode == 0, done.stdout
 
 
 ONES = ([1, 1], [1, 1], [1, 1], 1)
