@@ -157,6 +157,30 @@ Geometric mean of the ratio: **{geomean(ratios):.2f}** over {len(cells)} cases.
 """
 
 
+def errors_section() -> str:
+    """Root mean square and largest rounding error of every algorithm."""
+    result = load("errors_cpu.json")
+    if result is None:
+        return ""
+    rows: Rows = [benchmark["extra_info"] for benchmark in result["benchmarks"]]
+    algorithms = list(rows[0]["errors"]["forward"])
+    cells = [
+        [f"{row['case']}, {name}", *(f"{found[each]['rms']:.1e}, {found[each]['max']:.1e}" for each in algorithms)]
+        for row in rows
+        for name, found in row["errors"].items()
+    ]
+    return f"""## Rounding errors of conv2d on the CPU
+
+{machine_line(result)}
+
+Difference from float64 over the root mean square of the float64 result: its own root mean square, then the largest. One image,
+3x3 kernels; the input is what a ReLU leaves of normal numbers, weights and output gradients are normal. bf16 is compared
+with float64 on the same bf16 operands. *torch* is the framework's own convolution.
+
+{table(["case, pass", *algorithms], cells)}
+"""
+
+
 def fuzz_section() -> str:
     result = load("fuzz.json")
     if result is None:
@@ -256,7 +280,7 @@ def page() -> str:
     if models:
         sections.append(models_section(models))
     sections += [op_section(op, title) for op, title in OPS.items()]
-    sections += [fuzz_section(), training_section(), kernels_section()]
+    sections += [errors_section(), fuzz_section(), training_section(), kernels_section()]
     return "\n".join(section for section in sections if section)
 
 
