@@ -185,8 +185,10 @@ def fuzz_section() -> str:
     result = load("fuzz.json")
     if result is None:
         return ""
-    rows = [[run["op"], f"{run['problems']:,}", str(run["mismatches"]), f"`{run['commit'][:10]}`"] for run in result["runs"]]
-    header = ["op", "problems", "mismatches", "commit"]
+    header = ["op", "instruction set", "problems", "mismatches", "commit"]
+    rows = []
+    for run in result["runs"]:
+        rows.append([run["op"], run["isa"], f"{run['problems']:,}", str(run["mismatches"]), f"`{run['commit'][:10]}`"])
     return f"## Random problems against exact answers\n\n`python -m tests.fuzz`.\n\n{table(header, rows)}\n"
 
 

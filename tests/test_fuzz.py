@@ -13,6 +13,7 @@ import torch
 
 from atrous_kernels import native
 from tests import fuzz
+from tests.fuzzed.draws import Op, Problem, Results
 
 pytestmark = pytest.mark.skipif(native.cpu_missing() is not None, reason=str(native.cpu_missing()))
 
@@ -25,13 +26,13 @@ def test_two_hundred_problems(op: str) -> None:
 def test_a_wrong_element_is_reported_with_the_command_that_repeats_it(monkeypatch: pytest.MonkeyPatch) -> None:
     ones = torch.ones(2, 3)
 
-    def run(problem: fuzz.Problem) -> fuzz.Results:
+    def run(problem: Problem) -> Results:
         yield "toy", torch.ones(2, 3), ones.double(), 0.0
         wrong = ones.clone()
         wrong[1, 2] = float("nan") if problem["threads"] == 1 else 2.0
         yield "toy", wrong, ones.double(), problem["threads"] / 4
 
-    monkeypatch.setitem(fuzz.OPS, "toy", fuzz.Op(lambda rng: {"threads": rng.randint(1, 2)}, run))
+    monkeypatch.setitem(fuzz.OPS, "toy", Op(lambda rng: {"threads": rng.randint(1, 2)}, run))
     lines = fuzz.fuzz("toy", problems=20, seed=3, first=5)
     assert len(lines) == 20
     assert {"toy differs in 1 of 6 elements, first at [1, 2]: nan", "toy differs in 1 of 6 elements, first at [1, 2]: 2.0"} == {
