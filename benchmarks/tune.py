@@ -1,8 +1,9 @@
-"""``python -m benchmarks.tune``: measures the implementations of conv2d's three ops on this machine, for automatic choice.
+"""``python -m benchmarks.tune``: measures the implementations of conv2d, its gradients and conv_bn_act on this machine, for
+automatic choice.
 
 Writes ``atrous_kernels/tuned/cpu_<instruction set>.json``. The problems are every convolution of the networks below, at the sizes
 of their recipes, and some more: both layouts; fp32 and bf16 on all threads, fp32 on one. Medians of interleaved rounds. The
-forward pass keeps its prepared weights, as in inference; for the gradients the weights change, as in training.
+forward passes keep their prepared weights, as in inference; for the gradients the weights change, as in training.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.autograd.graph import increment_version
 import atrous_kernels as ak
 from atrous_kernels import dispatch, native
 from atrous_kernels.ops.conv2d import conv2d, conv2d_input, conv2d_weight, problem_of
+from atrous_kernels.ops.conv_bn_act import conv_bn_act
 from atrous_kernels.tuned import FOLDER, bucket
 from benchmarks.measure import seconds
 from segmodels import create_model
@@ -87,7 +89,9 @@ def measure(shape: Shape, dtype: torch.dtype, layout: torch.memory_format) -> di
     w = torch.randn(weight_size).to(dtype).contiguous(memory_format=layout)
     problem = problem_of(input_size, weight_size, geometry, x, layout is torch.channels_last)
     g = torch.randn_like(conv2d(x, w, None, *geometry, "torch"))
+    norm = [torch.rand(weight_size[0]) + 0.5 for _ in range(4)]
     calls = {
+        "conv_bn_act": lambda backend: conv_bn_act(x, w, *norm, None, 1e-5, "relu", *geometry, backend),
         "conv2d": lambda backend: conv2d(x, w, None, *geometry, backend),
         "conv2d_input": lambda backend: conv2d_input(x.shape, w, g, *geometry, backend),
         "conv2d_weight": lambda backend: conv2d_weight(x, w.shape, g, *geometry, backend),
@@ -101,7 +105,7 @@ def measure(shape: Shape, dtype: torch.dtype, layout: torch.memory_format) -> di
         slowest = max(seconds(lambda call=call, backend=backend: call(backend)) for backend in times)
         for _ in range(min(max(int(SECONDS / slowest), 3), 15)):
             for backend, mine in times.items():
-                if op != "conv2d":
+                if op in ("conv2d_input", "conv2d_weight"):
                     increment_version(w)
                 mine.append(seconds(lambda call=call, backend=backend: call(backend)))
         found[op] = {backend: round(median(mine) * 1e3, 4) for backend, mine in times.items()}
@@ -115,7 +119,8 @@ def main() -> None:
         raise SystemExit(f"nothing to tune: {native.cpu_missing()}")
     shapes = list(dict.fromkeys([*shapes_of_networks(), *shapes_listed()]))
     every = torch.get_num_threads()
-    table: dict[str, dict[str, dict[str, float]]] = {"conv2d": {}, "conv2d_input": {}, "conv2d_weight": {}}
+    ops = ("conv2d", "conv2d_input", "conv2d_weight", "conv_bn_act")
+    table: dict[str, dict[str, dict[str, float]]] = {op: {} for op in ops}
     for threads in sorted({1, every}, reverse=True):
         torch.set_num_threads(threads)
         for shape, dtype, layout in product(shapes, DTYPES if threads > 1 else DTYPES[:1], LAYOUTS):
@@ -129,13 +134,13 @@ def main() -> None:
             print(f"{len(table['conv2d'])} {name}: {table['conv2d'][name]}", flush=True)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     head = {"machine": machine(), "versions": versions(), "commit": commit, "threads": every}
-    ops = ",\n".join(
+    rows_of = ",\n".join(
         f'  "{op}": {{\n' + ",\n".join(f'    "{key}": {json.dumps(times)}' for key, times in sorted(rows.items())) + "\n  }"
         for op, rows in table.items()
     )
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"cpu_{introspect.selected_isa()}.json"
-    path.write_text(f'{json.dumps(head)[:-1]},\n "milliseconds": {{\n{ops}\n }}\n}}\n')
+    path.write_text(f'{json.dumps(head)[:-1]},\n "milliseconds": {{\n{rows_of}\n }}\n}}\n')
     print(f"wrote {path}: {len(table['conv2d'])} buckets")
 
 
