@@ -2,7 +2,7 @@
 
     pytest benchmarks/bench_conv2d.py --benchmark-enable --benchmark-json=benchmarks/results/conv2d_cpu.json
 
-Every candidate of a case runs once per round, in a rotating order, in one process with the same threads: our automatic
+Every candidate of a case runs once per round, in a random order, in one process with the same threads: our automatic
 choice, our CPU kernels by name, the framework's convolution and torch.compile of it, each in both memory layouts. The time of a
 candidate is the median over rounds. Error is the largest difference from float64, relative to the root mean square of the
 float64 result.

@@ -3,7 +3,7 @@
     pytest benchmarks/bench_dispatch.py --benchmark-enable --benchmark-json=benchmarks/results/dispatch_cpu.json
 
 The problem is a 1x1 convolution of 4 channels on 4x4 pixels: some hundred nanoseconds of arithmetic. Every candidate runs in
-batches of calls, one batch per round, in a rotating order; times are per call.
+batches of calls, one batch per round, in a random order; times are per call.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     pytest benchmarks/bench_upsample_argmax.py --benchmark-enable --benchmark-json=benchmarks/results/upsample_argmax_cpu.json
 
-Every candidate of a case runs once per round, in a rotating order, in one process with the same threads. Error is the share of
+Every candidate of a case runs once per round, in a random order, in one process with the same threads. Error is the share of
 pixels whose class is not that of the float64 logits.
 """
 

@@ -3,7 +3,7 @@
     pytest benchmarks/bench_upsample_cross_entropy.py --benchmark-enable \
         --benchmark-json=benchmarks/results/upsample_cross_entropy_cpu.json
 
-Every candidate of a case runs once per round, in a rotating order, in one process with the same threads. Error is the largest
+Every candidate of a case runs once per round, in a random order, in one process with the same threads. Error is the largest
 difference from float64, relative to the root mean square of the float64 result, of the loss and of the gradient. Extra
 peak memory is what one call adds to the resident memory of a fresh process (Linux).
 """
