@@ -16,9 +16,9 @@
 namespace atrous::cpu {
 namespace {
 
-// Transformed source and sums of one block of tiles stay in a shared cache, unless the weights, which every block reads
-// anew, are larger than that.
-constexpr int64_t block_bytes = 16 << 20, most_block_bytes = 64 << 20;
+// Transformed source and sums of one block of tiles stay in the caches of their cores (a shared one may be busy with others),
+// unless the weights, which every block reads anew, are larger than that.
+constexpr int64_t block_bytes = 2 << 20, most_block_bytes = 64 << 20;
 constexpr int64_t staged_channels = 64;
 constexpr int64_t max_pixels = max_tile_side * max_tile_side;
 
