@@ -65,7 +65,7 @@ def test_the_shipped_tables_are_sound() -> None:
         found = json.loads(path.read_text())
         assert found["commit"]
         assert found["machine"]
-        assert set(found["milliseconds"]) == {"conv2d", "conv2d_input", "conv2d_weight"}
+        assert set(found["milliseconds"]) == {"conv2d", "conv2d_input", "conv2d_weight", "conv_bn_act"}
         for rows in found["milliseconds"].values():
             for times in rows.values():
                 assert {"cpu", "torch"} <= set(times) <= {"winograd", "cpu", "torch"}
