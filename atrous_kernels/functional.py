@@ -144,12 +144,7 @@ def pyramid_pool(input: Tensor, bins: Sequence[Size] = (1, 2, 3, 6), *, mode: st
     levels = check_pyramid(input, bins, mode)
     flat = [size for level in levels for size in level]
     packed, _ = _pyramid_pool_op.pyramid_pool(input, flat, mode == "max", backend)
-    out, begin = [], 0
-    for rows, columns in levels:
-        cells = packed[:, begin : begin + rows * columns]
-        out.append(cells.unflatten(1, (rows, columns)).permute(0, 3, 1, 2))
-        begin += rows * columns
-    return out
+    return _pyramid_pool_op.unpacked(packed, flat)
 
 
 def upsample_concat(input: Tensor, levels: Sequence[Tensor], *, align_corners: bool = False, backend: str = "auto") -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from atrous_kernels.arguments import check_pyramid
 from atrous_kernels.functional import (
     ConvBN,
     aspp,
@@ -16,10 +17,10 @@ from atrous_kernels.functional import (
     conv_bn_relu,
     psp_conv,
     pyramid_pool,
-    upsample_concat,
     upsample_cross_entropy,
 )
 from atrous_kernels.ops.aspp import check_image_pooling
+from atrous_kernels.ops.pyramid_concat import pyramid_concat
 
 
 class Conv2d(torch.nn.Conv2d):
@@ -93,7 +94,8 @@ class PyramidPooling(torch.nn.Module):
 
     Input ``[N, in_channels, H, W]``, output ``[N, in_channels + len(bins) * out_channels, H, W]``: the input and, per level,
     its average over a grid of bins, a 1x1 convolution, BatchNorm and ReLU, upsampled bilinearly; in the order of ``bins``.
-    Keys are those of the authors' PyTorch code: ``features.LEVEL.1`` (convolution) and ``features.LEVEL.2`` (BatchNorm).
+    Keys are those of the authors' PyTorch code: ``features.LEVEL.1`` (convolution) and ``features.LEVEL.2`` (BatchNorm). The
+    submodules hold parameters and settings; their hooks are not called.
 
     Args:
         out_channels: of each level; the paper has ``in_channels / len(bins)``.
@@ -122,19 +124,24 @@ class PyramidPooling(torch.nn.Module):
 
     def levels(self, x: Tensor) -> list[Tensor]:
         """Per level ``[N, out_channels, bin, bin]``, before the upsampling."""
+        return self._project(pyramid_pool(x, self.bins))
+
+    def _project(self, levels: list[Tensor]) -> list[Tensor]:
         out = []
-        for feature, pooled in zip(self.features, pyramid_pool(x, self.bins), strict=True):
-            _, conv, norm, activation = cast(torch.nn.Sequential, feature)
+        for feature, pooled in zip(self.features, levels, strict=True):
+            _, conv, norm, _ = cast(torch.nn.Sequential, feature)
             if norm.training and pooled.shape[0] == 1 and pooled.shape[2] * pooled.shape[3] == 1:
                 raise ValueError(
                     "training with a batch of 1: BatchNorm of the 1x1 level has one value per channel, so no statistics. Use a "
                     "batch of at least 2 (drop an incomplete last batch), bins without 1, or keep BatchNorm in eval mode"
                 )
-            out.append(activation(norm(conv(pooled))))
+            out.append(as_one(pooled, conv, norm, norm.bias))
         return out
 
     def forward(self, x: Tensor) -> Tensor:
-        return upsample_concat(x, self.levels(x), align_corners=self.align_corners)
+        bins = [size for level in check_pyramid(x, self.bins, "avg") for size in level]
+        channels = sum(feature[1].out_channels for feature in self.features)
+        return pyramid_concat(x, bins, self._project, channels, self.align_corners, "auto")
 
 
 class PSPHead(torch.nn.Module):

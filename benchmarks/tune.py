@@ -1,5 +1,5 @@
-"""``python -m benchmarks.tune``: measures the implementations of conv2d, its gradients and conv_bn_act on this machine, for
-automatic choice.
+"""``python -m benchmarks.tune [--add]``: measures the implementations of conv2d, its gradients and conv_bn_act on this machine,
+for automatic choice. With ``--add`` only the buckets that the table of this instruction set lacks.
 
 Writes ``atrous_kernels/tuned/cpu_<instruction set>.json``. The problems are every convolution of the networks below, at the sizes
 of their recipes, and some more: both layouts; fp32 and bf16 on all threads, fp32 on one. Medians of interleaved rounds. The
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Iterable
 from itertools import product
 from statistics import median
@@ -49,6 +50,9 @@ MORE = [
     (4, 32, 32, 65, 3, 1, 1, False),
     (1, 512, 512, 9, 3, 1, 1, False),
     (1, 4096, 512, 60, 3, 1, 1, False),
+    # Pooled maps: the levels of PSPNet, the image pooling of DeepLab.
+    *((n, 2048, o, side, 1, 1, 1, False) for n, o, side in product((1, 2, 8), (256, 512), (1, 2, 3, 6))),
+    *((n, c, 256, 1, 1, 1, 1, False) for n, c in product((1, 2, 8), (320, 1280))),
 ]
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -112,7 +116,7 @@ def measure(shape: Shape, dtype: torch.dtype, layout: torch.memory_format) -> di
     return found
 
 
-def main() -> None:
+def main(add: bool) -> None:
     keep_freed_memory()
     introspect = native.introspect()
     if introspect is None:
@@ -120,7 +124,10 @@ def main() -> None:
     shapes = list(dict.fromkeys([*shapes_of_networks(), *shapes_listed()]))
     every = torch.get_num_threads()
     ops = ("conv2d", "conv2d_input", "conv2d_weight", "conv_bn_act")
+    path = FOLDER / f"cpu_{introspect.selected_isa()}.json"
     table: dict[str, dict[str, dict[str, float]]] = {op: {} for op in ops}
+    if add:
+        table = json.loads(path.read_text())["milliseconds"]
     for threads in sorted({1, every}, reverse=True):
         torch.set_num_threads(threads)
         for shape, dtype, layout in product(shapes, DTYPES if threads > 1 else DTYPES[:1], LAYOUTS):
@@ -139,10 +146,9 @@ def main() -> None:
         for op, rows in table.items()
     )
     FOLDER.mkdir(exist_ok=True)
-    path = FOLDER / f"cpu_{introspect.selected_isa()}.json"
     path.write_text(f'{json.dumps(head)[:-1]},\n "milliseconds": {{\n{rows_of}\n }}\n}}\n')
     print(f"wrote {path}: {len(table['conv2d'])} buckets")
 
 
 if __name__ == "__main__":
-    main()
+    main("--add" in sys.argv[1:])

@@ -371,8 +371,10 @@ def _cpu_always_loses(problem: ConvProblem) -> str | None:
 
 
 def _frameworks_fast_pointwise(problem: ConvProblem) -> bool:
-    # With one thread and small batches the framework leaves oneDNN for a slower path.
-    return problem.kernel == (1, 1) and (problem.threads > 1 or problem.batch >= 16)
+    # With one thread and small batches the framework leaves oneDNN for a slower path. On few pixels (pooled maps) its reordering of
+    # the weights is most of the work.
+    few = problem.batch * problem.out_size[0] * problem.out_size[1] < 256
+    return problem.kernel == (1, 1) and not few and (problem.threads > 1 or problem.batch >= 16)
 
 
 def cpu_loses_conv2d(problem: ConvProblem) -> str | None:

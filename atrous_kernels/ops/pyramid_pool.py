@@ -67,7 +67,15 @@ def problem_of(input_size: Ints, bins: Ints, maximum: bool, tensor: Tensor) -> P
     return PyramidProblem((n, c, h, w), tuple(bins), maximum, tensor.dtype, tensor.device.type)
 
 
-def _pick(op: str, backend: str, input_size: Ints, bins: Ints, maximum: bool, tensor: Tensor) -> Implementation:
+def unpacked(packed: Tensor, bins: Ints) -> list[Tensor]:
+    """Per level a view ``[N, C, rows, columns]`` of ``[N, cells, C]``."""
+    levels = _levels(bins)
+    parts = packed.split([rows * columns for rows, columns in levels], 1)
+    return [part.unflatten(1, level).permute(0, 3, 1, 2) for part, level in zip(parts, levels, strict=True)]
+
+
+def implementation_of(op: str, backend: str, input_size: Ints, bins: Ints, maximum: bool, tensor: Tensor) -> Implementation:
+    """What runs a call of ``op``."""
     if backend == dispatch.AUTO:
         backend = dispatch.default_backend(op)
     key = (tuple(input_size), tuple(bins), maximum, tensor.dtype, tensor.device.type)
@@ -76,14 +84,14 @@ def _pick(op: str, backend: str, input_size: Ints, bins: Ints, maximum: bool, te
 
 
 def _pyramid_pool(input: Tensor, bins: Ints, maximum: bool, backend: str) -> tuple[Tensor, Tensor]:
-    run = _pick("pyramid_pool", backend, input.shape, bins, maximum, input).run
+    run = implementation_of("pyramid_pool", backend, input.shape, bins, maximum, input).run
     return run(input, list(bins), maximum)
 
 
 def _pyramid_pool_input(
     grad: Tensor, index: Tensor, input_size: Ints, bins: Ints, maximum: bool, channels_last: bool, backend: str
 ) -> Tensor:
-    run = _pick("pyramid_pool_input", backend, input_size, bins, maximum, grad).run
+    run = implementation_of("pyramid_pool_input", backend, input_size, bins, maximum, grad).run
     return run(grad, index, list(input_size), list(bins), maximum, channels_last)
 
 

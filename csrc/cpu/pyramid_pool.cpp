@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "pyramid_pool_typed.h"
+#include "stream.h"
 
 namespace atrous::cpu {
 namespace {
@@ -72,6 +73,10 @@ int64_t threads_of(const PyramidShape& s) {
   return threads_for(operations_per_value * static_cast<double>(s.batch * s.channels) * static_cast<double>(s.height * s.width));
 }
 
+template <class S> int64_t bytes_of(const PyramidShape& s) {
+  return s.batch * s.channels * s.height * s.width * static_cast<int64_t>(sizeof(S));
+}
+
 // Merges the cell (x, at) into the best so far as one scan over the pixels of both would.
 template <class A> void merge_maximum(A x, int32_t at, A& best, int32_t& best_at) {
   const bool nan = x != x, best_nan = best != best;
@@ -120,7 +125,7 @@ struct ChannelTasks {
 };
 
 template <class S>
-void pool_nhwc(const PyramidShape& s, const Grid& grid, const S* input, S* output, int64_t* index) {
+void pool_nhwc(const PyramidShape& s, const Grid& grid, const S* input, S* output, int64_t* index, CopyOfInput copy) {
   using A = Accumulator<S>;
   const PyramidKernels<S>& kernels = pyramid_kernels<S>();
   const int64_t columns = grid.columns(), channels = s.channels, threads = threads_of(s);
@@ -132,6 +137,7 @@ void pool_nhwc(const PyramidShape& s, const Grid& grid, const S* input, S* outpu
 
   const ChannelTasks tasks(s, grid, threads);
   parallel(tasks.count(), threads, [&](int64_t begin, int64_t end) {
+    const Writer writer(bytes_of<S>(s));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t line = task / tasks.parts, n = line / grid.rows(), r = line % grid.rows();
       const Range part = tasks.stretch(task);
@@ -146,10 +152,16 @@ void pool_nhwc(const PyramidShape& s, const Grid& grid, const S* input, S* outpu
         for (int64_t j = 0; j < columns; ++j)
           for (int64_t x = grid.x[j]; x < grid.x[j + 1]; x += most_streams) {
             const int64_t pixel = y * s.width + x, cell = (line * columns + j) * channels + part.begin;
-            const PixelRun run{std::min(most_streams, grid.x[j + 1] - x), part.end - part.begin,
-                               input + (n * s.height * s.width + pixel) * channels + part.begin, channels, values + cell,
-                               index ? indices + cell : nullptr, static_cast<int32_t>(pixel)};
+            const int64_t pixels = std::min(most_streams, grid.x[j + 1] - x), width = part.end - part.begin;
+            const int64_t first = n * s.height * s.width + pixel;
+            const S* src = input + first * channels + part.begin;
+            const PixelRun run{pixels, width, src, channels, values + cell, index ? indices + cell : nullptr,
+                               static_cast<int32_t>(pixel)};
             index ? kernels.max_pixels(run) : kernels.sum_pixels(run);
+            if (!copy.data) continue;
+            for (int64_t p = 0; p < pixels; ++p)
+              writer.copy(static_cast<S*>(copy.data) + (first + p) * copy.channels + part.begin, src + p * channels,
+                          width * static_cast<int64_t>(sizeof(S)));
           }
     }
   });
@@ -171,13 +183,14 @@ void pool_nhwc(const PyramidShape& s, const Grid& grid, const S* input, S* outpu
 
 // Contiguous: a task is a few neighbouring planes, so that their results are written side by side.
 template <class S>
-void pool_nchw(const PyramidShape& s, const Grid& grid, const S* input, S* output, int64_t* index) {
+void pool_nchw(const PyramidShape& s, const Grid& grid, const S* input, S* output, int64_t* index, CopyOfInput copy) {
   using A = Accumulator<S>;
   constexpr int64_t planes = 16;
   const PyramidKernels<S>& kernels = pyramid_kernels<S>();
   const int64_t columns = grid.columns(), bins = static_cast<int64_t>(grid.bins.size());
   const int64_t blocks = (s.channels + planes - 1) / planes;
   parallel(s.batch * blocks, threads_of(s), [&](int64_t begin, int64_t end) {
+    const Writer writer(bytes_of<S>(s));
     Scratch scratch(static_cast<size_t>(s.width + (grid.cells() + 1) * planes) * (sizeof(A) + sizeof(int32_t)));
     A* const total = scratch.as<A>();
     A* const values = total + planes;
@@ -187,9 +200,10 @@ void pool_nchw(const PyramidShape& s, const Grid& grid, const S* input, S* outpu
     int32_t* const row_index = indices + grid.cells() * planes;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / blocks, c0 = task % blocks * planes, width = std::min(planes, s.channels - c0);
-      for (int64_t p = 0; p < width; ++p)
+      for (int64_t p = 0; p < width; ++p) {
+        const S* const plane = input + (n * s.channels + c0 + p) * s.height * s.width;
         for (int64_t r = 0; r < grid.rows(); ++r) {
-          const S* src = input + ((n * s.channels + c0 + p) * s.height + grid.y[r]) * s.width;
+          const S* src = plane + grid.y[r] * s.width;
           const PlaneRows rows{grid.y[r + 1] - grid.y[r], s.width, src, s.width, row, row_index,
                                static_cast<int32_t>(grid.y[r] * s.width), static_cast<int32_t>(s.width)};
           index ? kernels.max_rows(rows) : kernels.sum_rows(rows);
@@ -205,6 +219,10 @@ void pool_nchw(const PyramidShape& s, const Grid& grid, const S* input, S* outpu
             values[cell] = value;
           }
         }
+        if (copy.data)
+          writer.copy(static_cast<S*>(copy.data) + (n * copy.channels + c0 + p) * s.height * s.width, plane,
+                      s.height * s.width * static_cast<int64_t>(sizeof(S)));
+      }
       for (int64_t b = 0; b < bins; ++b) {
         combine(grid, grid.bins[b], width, values, indices, total, index ? at : nullptr);
         const int64_t to = (n * bins + b) * s.channels + c0;
@@ -222,6 +240,7 @@ template <class S> void spread_nhwc(const PyramidShape& s, const Grid& grid, con
   const int64_t threads = threads_of(s);
   const ChannelTasks tasks(s, grid, threads);
   parallel(tasks.count(), threads, [&](int64_t begin, int64_t end) {
+    const Writer writer(bytes_of<S>(s));
     Scratch sums(static_cast<size_t>(channels) * sizeof(A));
     Scratch narrowed(static_cast<size_t>(columns * channels) * sizeof(S));
     A* const sum = sums.as<A>();
@@ -244,7 +263,8 @@ template <class S> void spread_nhwc(const PyramidShape& s, const Grid& grid, con
       for (int64_t y = grid.y[r]; y < grid.y[r + 1]; ++y)
         for (int64_t j = 0; j < columns; ++j)
           for (int64_t x = grid.x[j]; x < grid.x[j + 1]; ++x)
-            std::copy_n(cells + j * width, width, grad_input + ((n * s.height + y) * s.width + x) * channels + part.begin);
+            writer.copy(grad_input + ((n * s.height + y) * s.width + x) * channels + part.begin, cells + j * width,
+                        width * static_cast<int64_t>(sizeof(S)));
     }
   });
 }
@@ -295,12 +315,13 @@ void scatter(const PyramidShape& s, const S* grad, const int64_t* index, S* grad
 
 }  // namespace
 
-void pyramid_pool(const PyramidShape& shape, DType dtype, ConstTensor input, bool channels_last, void* output, int64_t* index) {
+void pyramid_pool(const PyramidShape& shape, DType dtype, ConstTensor input, bool channels_last, void* output, int64_t* index,
+                  CopyOfInput copy) {
   const Grid grid(shape);
   with_type(dtype, [&](auto zero) {
     using S = decltype(zero);
     const auto pool = channels_last ? pool_nhwc<S> : pool_nchw<S>;
-    pool(shape, grid, static_cast<const S*>(input.data), static_cast<S*>(output), index);
+    pool(shape, grid, static_cast<const S*>(input.data), static_cast<S*>(output), index, copy);
   });
 }
 

@@ -19,8 +19,15 @@ struct PyramidShape {
   }
 };
 
+// A tensor, laid out as the input, whose leading channels become a copy of it. Null data: no copy.
+struct CopyOfInput {
+  void* data;
+  int64_t channels;
+};
+
 // Input dense NCHW or NHWC. Output [batch, cells, channels], level by level; index alike, or null for the average.
-void pyramid_pool(const PyramidShape& shape, DType dtype, ConstTensor input, bool channels_last, void* output, int64_t* index);
+void pyramid_pool(const PyramidShape& shape, DType dtype, ConstTensor input, bool channels_last, void* output, int64_t* index,
+                  CopyOfInput copy = {nullptr, 0});
 
 // Gradients of the two with respect to the input, dense NCHW or NHWC, from grad [batch, cells, channels].
 void pyramid_pool_input(const PyramidShape& shape, DType dtype, const void* grad, const int64_t* index,

@@ -3,10 +3,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <deque>
 
 #include "pyramid_pool_typed.h"
+#include "stream.h"
 
 namespace atrous::cpu {
 namespace {
@@ -52,11 +52,14 @@ template <class S>
 void concat_nhwc(int64_t batch, const Level& input, const std::deque<Interpolated<S>>& levels, int64_t channels, S* output) {
   using A = Accumulator<S>;
   const int64_t rows = batch * input.height;
+  const int64_t level_channels = channels - input.channels, values = rows * input.width * channels;
   int64_t row_values = 0;
   for (const auto& one : levels) row_values += one.level.width * one.level.channels;
-  const int64_t threads = threads_for(operations_per_value * static_cast<double>(rows * input.width * channels));
+  const int64_t threads = threads_for(operations_per_value * static_cast<double>(values));
   parallel(rows, threads, [&](int64_t begin, int64_t end) {
-    Scratch scratch(static_cast<size_t>(row_values) * sizeof(A));
+    const Writer writer(values * static_cast<int64_t>(sizeof(S)));
+    Scratch scratch(static_cast<size_t>(row_values) * sizeof(A) + static_cast<size_t>(level_channels) * sizeof(S));
+    S* const stage = reinterpret_cast<S*>(scratch.as<A>() + row_values);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / input.height, y = task % input.height;
       A* row = scratch.as<A>();
@@ -71,18 +74,22 @@ void concat_nhwc(int64_t batch, const Level& input, const std::deque<Interpolate
       for (int64_t x = 0; x < input.width; ++x) {
         const int64_t pixel = task * input.width + x;
         S* to = output + pixel * channels;
-        std::memcpy(to, static_cast<const S*>(input.data) + pixel * input.channels,
-                    static_cast<size_t>(input.channels) * sizeof(S));
+        if (input.data)
+          writer.copy(to, static_cast<const S*>(input.data) + pixel * input.channels,
+                      input.channels * static_cast<int64_t>(sizeof(S)));
         to += input.channels;
+        S* const made = writer.place(to, stage);
+        S* slice = made;
         const A* from = scratch.as<A>();
         for (const auto& one : levels) {
           const Source& at = one.x[x];
           const int64_t c = one.level.channels;
           pyramid_kernels<S>().blend(c, from + at.low * c, from + at.high * c, static_cast<A>(1 - at.weight),
-                                     static_cast<A>(at.weight), to);
+                                     static_cast<A>(at.weight), slice);
           from += one.level.width * c;
-          to += c;
+          slice += c;
         }
+        writer.finish(to, made, level_channels);
       }
     }
   });
@@ -96,15 +103,18 @@ void concat_nchw(int64_t batch, const Level& input, const std::deque<Interpolate
   for (const auto& one : levels) tallest = std::max(tallest, one.level.height);
   const int64_t threads = threads_for(operations_per_value * static_cast<double>(batch * channels * pixels));
   parallel(batch * channels, threads, [&](int64_t begin, int64_t end) {
-    Scratch scratch(static_cast<size_t>(tallest * input.width) * sizeof(A));
+    const Writer writer(batch * channels * pixels * static_cast<int64_t>(sizeof(S)));
+    Scratch scratch(static_cast<size_t>(tallest * input.width) * sizeof(A) + static_cast<size_t>(pixels) * sizeof(S));
     A* const stretched = scratch.as<A>();  // one plane of a level, as wide as the output
+    S* const stage = reinterpret_cast<S*>(stretched + tallest * input.width);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / channels;
       int64_t c = task % channels;
       S* const to = output + task * pixels;
       if (c < input.channels) {
-        std::memcpy(to, static_cast<const S*>(input.data) + (n * input.channels + c) * pixels,
-                    static_cast<size_t>(pixels) * sizeof(S));
+        if (input.data)
+          writer.copy(to, static_cast<const S*>(input.data) + (n * input.channels + c) * pixels,
+                      pixels * static_cast<int64_t>(sizeof(S)));
         continue;
       }
       c -= input.channels;
@@ -118,11 +128,13 @@ void concat_nchw(int64_t batch, const Level& input, const std::deque<Interpolate
           stretched[i * input.width + x] = plane[i * width + at.low] * static_cast<A>(1 - at.weight) +
                                            plane[i * width + at.high] * static_cast<A>(at.weight);
         }
+      S* const made = writer.place(to, stage);
       for (int64_t y = 0; y < input.height; ++y) {
         const Source& at = one->y[y];
         pyramid_kernels<S>().blend(input.width, stretched + at.low * input.width, stretched + at.high * input.width,
-                                   static_cast<A>(1 - at.weight), static_cast<A>(at.weight), to + y * input.width);
+                                   static_cast<A>(1 - at.weight), static_cast<A>(at.weight), made + y * input.width);
       }
+      writer.finish(to, made, pixels);
     }
   });
 }

@@ -1,4 +1,4 @@
-// torch.ops.atrous_native.pyramid_pool and pyramid_pool_input: schemas, argument checks, CPU dispatch.
+// torch.ops.atrous_native.pyramid_pool, pyramid_pool_copy and pyramid_pool_input: schemas, argument checks, CPU dispatch.
 #include <torch/csrc/stable/library.h>
 
 #include <limits>
@@ -30,6 +30,19 @@ Tensor dense(const Tensor& t) {
 
 Tensor empty_of(const Sizes& sizes, torch::headeronly::ScalarType type, const Tensor& like) {
   return torch::stable::empty(sizes, type, std::nullopt, like.device());
+}
+
+// The averages, and the input as the leading ones of `channels` channels; the others are for upsample_into.
+std::tuple<Tensor, Tensor> pyramid_pool_copy_cpu(const Tensor& input, std::vector<int64_t> bins, int64_t channels) {
+  const cpu::PyramidShape shape = check_pyramid(sizes_of(input), bins);
+  if (channels < shape.channels) fail("channels", "expected at least ", shape.channels, ", but got ", channels);
+  const Tensor x = dense(input);
+  Tensor output = empty_of({shape.batch, shape.cells(), shape.channels}, input.scalar_type(), input);
+  Tensor copy = empty({shape.batch, channels, shape.height, shape.width}, input, is_channels_last(x));
+  if (output.numel() > 0)
+    cpu::pyramid_pool(shape, dtype_of(input), read(x), is_channels_last(x), output.mutable_data_ptr(), nullptr,
+                      {copy.mutable_data_ptr(), channels});
+  return {output, copy};
 }
 
 std::tuple<Tensor, Tensor> pyramid_pool_cpu(const Tensor& input, std::vector<int64_t> bins, bool maximum) {
@@ -71,6 +84,7 @@ Tensor pyramid_pool_input_cpu(const Tensor& grad, const Tensor& index, std::vect
 
 STABLE_TORCH_LIBRARY_FRAGMENT(atrous_native, m) {
   m.def("pyramid_pool(Tensor input, int[] bins, bool maximum) -> (Tensor, Tensor)");
+  m.def("pyramid_pool_copy(Tensor input, int[] bins, int channels) -> (Tensor, Tensor)");
   m.def(
       "pyramid_pool_input(Tensor grad, Tensor index, int[] input_size, int[] bins, bool maximum, bool channels_last) -> "
       "Tensor");
@@ -78,5 +92,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(atrous_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(atrous_native, CPU, m) {
   m.impl("pyramid_pool", TORCH_BOX(&atrous::pyramid_pool_cpu));
+  m.impl("pyramid_pool_copy", TORCH_BOX(&atrous::pyramid_pool_copy_cpu));
   m.impl("pyramid_pool_input", TORCH_BOX(&atrous::pyramid_pool_input_cpu));
 }
