@@ -1,5 +1,6 @@
-"""``python -m benchmarks.tune [--add]``: measures the implementations of conv2d, its gradients and conv_bn_act on this machine,
-for automatic choice. With ``--add`` only the buckets that the table of this instruction set lacks.
+"""``python -m benchmarks.tune [--add] [--op OP ...]``: measures the implementations of conv2d, its gradients and conv_bn_act on
+this machine, for automatic choice. The table of this instruction set is replaced; ``--add`` measures only the buckets that it
+lacks, ``--op`` only those ops, whose kernels have changed.
 
 Writes ``atrous_kernels/tuned/cpu_<instruction set>.json``. The problems are every convolution of the networks below, at the sizes
 of their recipes, and some more: both layouts; fp32 and bf16 on all threads, fp32 on one. Medians of interleaved rounds. The
@@ -8,10 +9,10 @@ forward passes keep their prepared weights, as in inference; for the gradients t
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
-import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import product
 from statistics import median
 from typing import Any
@@ -57,6 +58,7 @@ MORE = [
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 DTYPES = (torch.float32, torch.bfloat16)
 BACKENDS = ("winograd", "cpu", "torch")
+OPS = ("conv2d", "conv2d_input", "conv2d_weight", "conv_bn_act")
 SECONDS = 0.04  # per implementation, op and problem; three rounds at least
 
 Shape = tuple[tuple[int, ...], tuple[int, ...], tuple[Any, ...]]  # input, weight, geometry
@@ -86,7 +88,7 @@ def shapes_listed() -> Iterable[Shape]:
         yield (n, c, side, side), (o, c // groups, k, k), ((stride,) * 2, (rate * (k - 1) // 2,) * 2, (rate,) * 2, groups)
 
 
-def measure(shape: Shape, dtype: torch.dtype, layout: torch.memory_format) -> dict[str, dict[str, float]]:
+def measure(shape: Shape, dtype: torch.dtype, layout: torch.memory_format, ops: Sequence[str]) -> dict[str, dict[str, float]]:
     """Per op the milliseconds of every implementation that can run."""
     input_size, weight_size, geometry = shape
     x = torch.randn(input_size).to(dtype).contiguous(memory_format=layout)
@@ -101,7 +103,7 @@ def measure(shape: Shape, dtype: torch.dtype, layout: torch.memory_format) -> di
         "conv2d_weight": lambda backend: conv2d_weight(x, w.shape, g, *geometry, backend),
     }
     found = {}
-    for op, call in calls.items():
+    for op, call in ((op, calls[op]) for op in ops):
         able = {choice.name for choice in dispatch.explain(op, problem).choices if not choice.reason.startswith("cannot run")}
         times: dict[str, list[float]] = {backend: [] for backend in BACKENDS if backend in able}
         for backend in times:
@@ -116,29 +118,36 @@ def measure(shape: Shape, dtype: torch.dtype, layout: torch.memory_format) -> di
     return found
 
 
-def main(add: bool) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description="measures the table of automatic choice")
+    parser.add_argument("--add", action="store_true", help="keep what the table has, measure what it lacks")
+    parser.add_argument("--op", action="append", choices=OPS, help="measure this op only, keep the others; may be repeated")
+    options = parser.parse_args()
+    ops = options.op or list(OPS)
     keep_freed_memory()
     introspect = native.introspect()
     if introspect is None:
         raise SystemExit(f"nothing to tune: {native.cpu_missing()}")
     shapes = list(dict.fromkeys([*shapes_of_networks(), *shapes_listed()]))
     every = torch.get_num_threads()
-    ops = ("conv2d", "conv2d_input", "conv2d_weight", "conv_bn_act")
     path = FOLDER / f"cpu_{introspect.selected_isa()}.json"
-    table: dict[str, dict[str, dict[str, float]]] = {op: {} for op in ops}
-    if add:
+    table: dict[str, dict[str, dict[str, float]]] = {op: {} for op in OPS}
+    if options.add or options.op:
         table = json.loads(path.read_text())["milliseconds"]
+    if not options.add:
+        table |= {op: {} for op in ops}
     for threads in sorted({1, every}, reverse=True):
         torch.set_num_threads(threads)
         for shape, dtype, layout in product(shapes, DTYPES if threads > 1 else DTYPES[:1], LAYOUTS):
             x = torch.empty(1, dtype=dtype)
             name = bucket(problem_of(shape[0], shape[1], shape[2], x, layout is torch.channels_last))
-            if name in table["conv2d"]:
+            missing = [op for op in ops if name not in table[op]]
+            if not missing:
                 continue
             with torch.no_grad():
-                for op, times in measure(shape, dtype, layout).items():
+                for op, times in measure(shape, dtype, layout, missing).items():
                     table[op][name] = times
-            print(f"{len(table['conv2d'])} {name}: {table['conv2d'][name]}", flush=True)
+                    print(f"{len(table[op])} {op} {name}: {times}", flush=True)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     head = {"machine": machine(), "versions": versions(), "commit": commit, "threads": every}
     rows_of = ",\n".join(
@@ -151,4 +160,4 @@ def main(add: bool) -> None:
 
 
 if __name__ == "__main__":
-    main("--add" in sys.argv[1:])
+    main()

@@ -371,8 +371,8 @@ def _cpu_always_loses(problem: ConvProblem) -> str | None:
 
 
 def _frameworks_fast_pointwise(problem: ConvProblem) -> bool:
-    # With one thread and small batches the framework leaves oneDNN for a slower path. On few pixels (pooled maps) its reordering of
-    # the weights is most of the work.
+    # With one thread and small batches the framework leaves oneDNN for a slower path. On few pixels (pooled maps) most of its
+    # work is to reorder the weights.
     few = problem.batch * problem.out_size[0] * problem.out_size[1] < 256
     return problem.kernel == (1, 1) and not few and (problem.threads > 1 or problem.batch >= 16)
 
