@@ -129,7 +129,8 @@ class PyramidPooling(torch.nn.Module):
     def _project(self, levels: list[Tensor]) -> list[Tensor]:
         out = []
         for feature, pooled in zip(self.features, levels, strict=True):
-            _, conv, norm, _ = cast(torch.nn.Sequential, feature)
+            layers = cast(torch.nn.Sequential, feature)
+            conv, norm = cast(Conv2d, layers[1]), cast(torch.nn.BatchNorm2d, layers[2])
             if norm.training and pooled.shape[0] == 1 and pooled.shape[2] * pooled.shape[3] == 1:
                 raise ValueError(
                     "training with a batch of 1: BatchNorm of the 1x1 level has one value per channel, so no statistics. Use a "
@@ -140,7 +141,7 @@ class PyramidPooling(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bins = [size for level in check_pyramid(x, self.bins, "avg") for size in level]
-        channels = sum(feature[1].out_channels for feature in self.features)
+        channels = sum(cast(Conv2d, cast(torch.nn.Sequential, feature)[1]).out_channels for feature in self.features)
         return pyramid_concat(x, bins, self._project, channels, self.align_corners, "auto")
 
 
