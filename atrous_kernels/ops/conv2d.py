@@ -309,7 +309,8 @@ def framework_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, *geomet
     stride, padding, dilation, groups = geometry
     if input.is_complex():  # aten.convolution has no complex CPU kernel; aten.conv2d composes it from real ones
         return torch.ops.aten.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    return torch.ops.aten.convolution(input, weight, bias, stride, padding, dilation, False, [0, 0], groups)
+    # The binding, not torch.ops.aten.convolution: that one goes through Python, whose code is not in the caches between layers.
+    return torch.convolution(input, weight, bias, stride, padding, dilation, False, [0, 0], groups)
 
 
 _NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
