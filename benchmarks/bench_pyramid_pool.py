@@ -143,13 +143,20 @@ def _error(results: list[Tensor], truth: list[Tensor]) -> float:
 def test_pyramid(benchmark: Any, case: Case) -> None:
     keep_freed_memory()  # as the training command does, for every candidate alike
     calls, truth = candidates(case)
-    errors = {name: _error(call(), truth) for name, call in calls.items()}  # also compiles
+    errors, failures = {}, {}
+    for name, call in list(calls.items()):  # also compiles
+        try:
+            errors[name] = _error(call(), truth)
+        except torch._inductor.exc.InductorError as error:  # the framework's compiler gave up on the plain form
+            failures[name] = str(error).strip().splitlines()[0]
+            del calls[name]
     times, rounds = interleave(benchmark, calls, "ours auto channels_last", budget=30.0)
     benchmark.extra_info.update(
         case=str(case),
         name=case.module,
         backward=case.train,
         rounds=rounds,
+        failures=failures,
         candidates={name: percentiles(t) | {"error": errors[name]} for name, t in times.items()},
     )
     # BatchNorm over two images and one bin divides by the difference of two values, so a gradient has no fixed relative
