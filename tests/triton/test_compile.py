@@ -1,4 +1,4 @@
-"""The Triton kernels compiled ahead of time for sm_80 and sm_90, without a GPU."""
+"""The Triton kernels compiled ahead of time for sm_80, sm_90 and sm_100, without a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from atrous_kernels.triton import report
 
 COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results" / "triton_resources.json"
 # Bytes of shared memory one block may have: CUDA programming guide, compute capabilities.
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,9 @@ def test_every_kernel_is_compiled_for_every_target(table: dict[str, Any]) -> Non
                 assert (f"{module}._correlate", "conv2d_input", dtype, target) in compiled
                 assert (f"{module}._correlate_weight", "conv2d_weight", dtype, target) in compiled
             assert ("common._sum_splits", "conv2d_weight", dtype, target) in compiled
+            for kernel in ("_loss", "_finish", "_gather"):
+                assert (f"upsample_cross_entropy.{kernel}", "upsample_cross_entropy", dtype, target) in compiled
+            assert ("upsample_argmax._argmax", "upsample_argmax", dtype, target) in compiled
 
 
 def test_no_spills_and_shared_memory_fits(table: dict[str, Any]) -> None:
@@ -55,12 +58,12 @@ def test_dense_kernels_multiply_with_matrix_instructions(table: dict[str, Any]) 
     on_matrix_units = [row for row in dense if row["dtype"] != "float32" or row["tf32"]]
     assert len(on_matrix_units) > 20
     for row in on_matrix_units:
-        # wgmma works on 64 rows at a time; smaller tiles (few channels per group) use mma on sm_90 too.
-        wide = row["target"] == "sm_90" and row["blocks"][0] >= 64
-        assert row["wgmma" if wide else "mma"] > 0, row
+        # wgmma and tcgen05 work on 64 rows at a time; smaller tiles (few channels per group) use mma everywhere.
+        newest = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}[row["target"]]
+        assert row[newest if row["blocks"][0] >= 64 else "mma"] > 0, row
     for row in dense:
         if row["dtype"] == "float32" and not row["tf32"]:
-            assert row["mma"] == row["wgmma"] == 0, row  # a matrix instruction would round to TF32
+            assert row["mma"] == row["wgmma"] == row["tcgen05"] == 0, row  # a matrix instruction would round to TF32
 
 
 def test_channels_last_tiles_are_copied_asynchronously(table: dict[str, Any]) -> None:
@@ -79,6 +82,6 @@ def test_committed_table_is_current(table: dict[str, Any]) -> None:
 
 def test_compiling_while_interpreting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    _, launch = report.launches(report.cases()[0].problem)[0]
+    launch = report.cases()[0].plan()[0]
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
         report.compile_launch(launch, 90)
