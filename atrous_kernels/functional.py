@@ -129,7 +129,8 @@ def pyramid_pool(input: Tensor, bins: Sequence[Size] = (1, 2, 3, 6), *, mode: st
         bins: per level the rows and columns of its grid: an int for both, or a pair. Any number of levels; grids need not
             divide the map (bins then overlap) and may be finer than it.
         mode: ``"avg"`` or ``"max"`` (on a tie the gradient goes to the first pixel in reading order).
-        backend: ``"auto"``, ``"cpu"``, ``"torch"`` (the framework's own, level by level) or ``"reference"``.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"`` (16 levels at most), ``"torch"`` (the framework's own, level by level) or
+            ``"reference"``.
 
     Returns:
         Per level ``[N, C, rows, columns]``, equal to :func:`torch.nn.functional.adaptive_avg_pool2d` or
