@@ -28,7 +28,7 @@ AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
 
 }  // extern "C"
 
-STABLE_TORCH_LIBRARY(atrous_emulated, m) {
+STABLE_TORCH_LIBRARY(ATROUS_NAMESPACE, m) {
   const char* const geometry = "int[] stride, int[] padding, int[] dilation, int groups) -> Tensor";
   m.def((std::string("conv2d(Tensor input, Tensor weight, Tensor? bias, ") + geometry).c_str());
   m.def((std::string("conv2d_input(int[] input_size, Tensor weight, Tensor grad_output, ") + geometry).c_str());
@@ -36,4 +36,7 @@ STABLE_TORCH_LIBRARY(atrous_emulated, m) {
   m.def("pyramid_pool(Tensor input, int[] bins, bool maximum) -> (Tensor, Tensor)");
   m.def("pyramid_pool_input(Tensor grad, Tensor index, int[] input_size, int[] bins, bool maximum, bool channels_last)"
         " -> Tensor");
+  m.def("upsample_argmax(Tensor logits, int[] size, bool align_corners) -> Tensor");
+  m.def("upsample_cross_entropy(Tensor logits, Tensor target, Tensor weight, Tensor? scale, int ignore_index, "
+        "float label_smoothing, bool align_corners, bool per_pixel, bool with_gradient) -> (Tensor, Tensor, Tensor)");
 }

@@ -23,6 +23,8 @@ KERNELS = {
     "conv2d.cu": 4 * 2 * 2,
     "depthwise_conv2d.cu": 4 * 2 * 2,
     "sum_partials.cu": 4,
+    "upsample_argmax.cu": 2,  # float and double: logits of other types are converted before
+    "upsample_cross_entropy.cu": 2 * 2 + 1,  # tiles, their gradients gathered; the sum of their losses
     "pyramid_pool.cu": 4 * 2 * (2 + 1) + 4 * (2 + 1),  # cells of averages and maxima, their spread; bins, sent maxima
 }
 

@@ -19,7 +19,7 @@ from atrous_kernels.reference.upsample_cross_entropy import hard_pixels, interpo
 from tests.repeats import assert_same_bits_for_threads, built_isas, repeat_capped
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ("auto", "reference", "cpu", "torch")
+BACKENDS = ("auto", "reference", "cpu", "cuda", "torch")
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 # Losses are of order 1 to 10, gradients are compared relative to the largest. float32: positions between pixels, counted up
@@ -31,6 +31,8 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 3e-5, torch.bfloat16: 4e-3, to
 def _skip_unless_runnable(backend: str) -> None:
     if backend == "cpu" and (DEVICE != "cpu" or native.cpu_missing()):
         pytest.skip(native.cpu_missing() or "the tensors are on a GPU")
+    if backend == "cuda" and (missing := native.cuda_missing()):
+        pytest.skip(missing)
 
 
 def _case(**changes: Any) -> dict[str, Any]:
@@ -353,7 +355,7 @@ def test_bf16_logits_under_autocast() -> None:
         (dict(reduction="average"), ValueError, "reduction='average': expected 'mean', 'sum' or 'none'"),
         (dict(label_smoothing=1.5), ValueError, "label_smoothing=1.5: expected 0 to 1"),
         (dict(hard_fraction=0), ValueError, "hard_fraction=0: expected above 0, to 1"),
-        (dict(backend="triton"), ValueError, "unknown backend 'triton': expected one of auto, cpu, torch, reference"),
+        (dict(backend="triton"), ValueError, "unknown backend 'triton': expected one of auto, cpu, cuda, torch, reference"),
     ],
 )
 def test_mistakes_name_the_value(changes: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -367,7 +369,7 @@ def test_mistakes_name_the_value(changes: dict[str, Any], error: type[Exception]
 
 def test_explain() -> None:
     explanation = ak.explain("upsample_cross_entropy", torch.zeros(4, 21, 33, 33), torch.zeros(4, 513, 513).long())
-    assert {choice.name for choice in explanation.choices} == {"cpu", "torch", "reference"}
+    assert {choice.name for choice in explanation.choices} == {"cpu", "cuda", "torch", "reference"}
     assert "4x21 33x33 to 513x513 float32" in str(explanation)
     assert "88.4 MB of upsampled logits" in str(explanation)
 
