@@ -37,7 +37,7 @@
   static uint64_t name##_owner = 0;                                                                             \
   static size_t name##_offset = 0;                                                                              \
   type& name = *static_cast<type*>(::atrous::emulation::Machine::get().shared_array(name##_owner, name##_offset, \
-                                                                                    sizeof(type), alignof(type)))
+                                                                                    sizeof(type), alignof(type), #name))
 #define ATROUS_DYNAMIC_SHARED(type, name) \
   type* name = static_cast<type*>(::atrous::emulation::Machine::get().dynamic_shared())
 #define ATROUS_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \

@@ -72,28 +72,37 @@ def compile_library(name: str, sources: Sequence[Path], flags: Sequence[str] = (
     return library
 
 
+# Makes a library report every memory access to the emulation's checkers (csrc/include/emulation/access_hooks.h).
+CHECKED = ["-fsanitize=thread"]
+ACCESS_HOOKS = Path(__file__).with_name("access_hooks.cpp")
+
+
 @cache
-def kernel_library() -> Path:
+def kernel_library(checked: bool = False) -> Path:
     """The emulated kernels and their C entry points."""
-    return compile_library("kernels", [*KERNELS, Path(__file__).with_name("emulated.cpp")])
+    sources = [*KERNELS, Path(__file__).with_name("emulated.cpp")]
+    if checked:
+        return compile_library("kernels_checked", [*sources, ACCESS_HOOKS], CHECKED)
+    return compile_library("kernels", sources)
 
 
 @cache
-def binding_library() -> Path:
-    """The stable-ABI binding of the emulated kernels, which registers ``torch.ops.atrous_emulated`` for CPU tensors."""
+def binding_library(checked: bool = False) -> Path:
+    """The stable-ABI binding of the emulated kernels, which registers their ops for CPU tensors."""
+    name = "atrous_checked" if checked else "atrous_emulated"
     return compile_library(
-        "binding",
+        name,
         [*BINDINGS, Path(__file__).with_name("binding_on_host.cpp")],
-        [*STABLE_ABI, "-DATROUS_NAMESPACE=atrous_emulated", "-DATROUS_DISPATCH_KEY=CPU"],
-        ["-Wl,-Bsymbolic", str(kernel_library()), f"-L{TORCH / 'lib'}", "-ltorch_cpu"],
+        [*STABLE_ABI, f"-DATROUS_NAMESPACE={name}", "-DATROUS_DISPATCH_KEY=CPU"],
+        ["-Wl,-Bsymbolic", str(kernel_library(checked)), f"-L{TORCH / 'lib'}", "-ltorch_cpu"],
     )
 
 
 @cache
-def ops() -> Any:
-    """``torch.ops.atrous_emulated``."""
-    torch.ops.load_library(str(binding_library()))
-    return torch.ops.atrous_emulated
+def ops(checked: bool = False) -> Any:
+    """``torch.ops.atrous_emulated``, or ``torch.ops.atrous_checked``, whose kernels report every access to the checkers."""
+    torch.ops.load_library(str(binding_library(checked)))
+    return torch.ops.atrous_checked if checked else torch.ops.atrous_emulated
 
 
 @contextmanager
