@@ -19,7 +19,7 @@ from atrous_kernels.reference.upsample_cross_entropy import hard_pixels, interpo
 from tests.repeats import assert_same_bits_for_threads, built_isas, repeat_capped
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ("auto", "reference", "cpu", "cuda", "torch")
+BACKENDS = ("auto", "reference", "cpu", "torch", *(("cuda",) if DEVICE == "cuda" else ()))
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 # Losses are of order 1 to 10, gradients are compared relative to the largest. float32: positions between pixels, counted up
