@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,49 @@ def test_nvcc_takes_the_same_kernels(tmp_path: Path) -> None:
     kernels = resources.compile_kernel_file(compiler, SELFTEST, tmp_path / "selftest.o")
     assert len(kernels) == 6
     assert all(set(found) == {f"sm_{arch}" for arch in resources.ARCHITECTURES} for found in kernels.values())
+
+
+LOSS = emulated.ROOT / "csrc" / "cuda" / "upsample_cross_entropy.cu"
+RUN_LOSS = """
+extern "C" const char* run_loss(const float* logits, const int64_t* labels, const float* weight, float* gradient, double* sums,
+                                void* workspace, int64_t workspace_bytes) {
+  using namespace atrous::cuda;
+  static std::string failure;
+  const UpsampleShape shape{1, 5, 3, 4, 64, 100, false};
+  const Strides strides{60, 12, 4, 1};
+  try {
+    if (upsample_cross_entropy_workspace(shape, DType::float32, true) > workspace_bytes) return "a larger workspace";
+    upsample_cross_entropy({shape, DType::float32, {logits, strides}, labels, LabelType::int64, weight, nullptr, 255, 0.0,
+                            nullptr, {gradient, strides}, sums, workspace}, nullptr);
+    return nullptr;
+  } catch (const std::exception& error) {
+    failure = error.what();
+    return failure.c_str();
+  }
+}
+"""
+
+
+@pytest.mark.parametrize("removed", [None, 0, 1, 2])
+def test_a_barrier_removed_from_a_kernel_of_the_library_is_found(removed: int | None, tmp_path: Path) -> None:
+    parts = re.split(r"(__sync(?:warp|threads)\(\);)", LOSS.read_text())
+    assert len(parts) == 2 * 3 + 1, "the kernels have three barriers"
+    if removed is not None:
+        parts[2 * removed + 1] = ";"
+    mutant = tmp_path / "mutant.cpp"
+    mutant.write_text("".join(parts) + RUN_LOSS)
+    flags = [*emulated.CHECKED, f"-I{LOSS.parent}"]
+    library = ctypes.CDLL(str(emulated.compile_library("mutant", [mutant, emulated.ACCESS_HOOKS], flags)))
+    library.run_loss.restype = ctypes.c_char_p
+    tensors = torch.randn(60), torch.randint(0, 5, (6400,)), torch.ones(5), torch.empty(60), torch.empty(2).double()
+    workspace = torch.empty(1 << 16)
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (*tensors, workspace)]
+    error = library.run_loss(*pointers, ctypes.c_int64(workspace.nbytes))
+    if removed is None:
+        assert error is None, error
+    else:
+        assert error is not None
+        assert b"without a barrier since an access by thread (" in error
 
 
 def _layouts(tensor: torch.Tensor) -> list[torch.Tensor]:
