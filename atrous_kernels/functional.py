@@ -129,7 +129,8 @@ def pyramid_pool(input: Tensor, bins: Sequence[Size] = (1, 2, 3, 6), *, mode: st
         bins: per level the rows and columns of its grid: an int for both, or a pair. Any number of levels; grids need not
             divide the map (bins then overlap) and may be finer than it.
         mode: ``"avg"`` or ``"max"`` (on a tie the gradient goes to the first pixel in reading order).
-        backend: ``"auto"``, ``"cpu"``, ``"torch"`` (the framework's own, level by level) or ``"reference"``.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"`` (16 levels at most), ``"torch"`` (the framework's own, level by level) or
+            ``"reference"``.
 
     Returns:
         Per level ``[N, C, rows, columns]``, equal to :func:`torch.nn.functional.adaptive_avg_pool2d` or
@@ -339,15 +340,16 @@ def upsample_cross_entropy(
             first in the order of image, row, column. "mean" divides by the weights of the kept ones, "none" gives 0 for the
             others.
         align_corners: as in :func:`torch.nn.functional.interpolate`.
-        backend: ``"auto"``, ``"cpu"``, ``"triton"``, ``"torch"`` (the framework's operators) or ``"reference"``.
+        backend: ``"auto"``, ``"cpu"``, ``"triton"``, ``"cuda"``, ``"torch"`` (the framework's operators) or ``"reference"``.
 
     Returns:
         A scalar, or ``[N, H, W]`` for "none"; float64 for float64 logits, else float32.
 
     Raises:
         TypeError, ValueError: wrong types, sizes or options; the message names the value and what was expected.
-        RuntimeError: a label that is neither a class nor ``ignore_index`` (from ``triton`` on a GPU as a failed assertion on the
-            device, as from the framework's own loss); a ``backend`` that cannot run.
+        RuntimeError: a label that is neither a class nor ``ignore_index``; a ``backend`` that cannot run. On a GPU nobody waits for
+            the kernels: there "triton" fails with an assertion on the device, as the framework's own loss does, and "cuda" gives
+            NaN for the loss and the gradient of such a pixel.
         NotImplementedError: a second derivative.
 
     Where a gradient will be needed, it is computed at low resolution together with the loss. Sources: upsampling the logits
