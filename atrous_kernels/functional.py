@@ -431,7 +431,7 @@ def permutohedral_filter(values: Tensor, features: Tensor | PermutohedralLattice
     says how well); it is what dense CRFs are defined with in practice.
 
     Args:
-        values: ``[N, C, *spatial]``, floating point, computed in the type of the lattice; fastest with the channels last in memory.
+        values: ``[N, C, *spatial]``, floating point, computed in the type of the lattice; fastest channels-last.
         features: as in :func:`permutohedral_lattice`, or its result.
         backend: as in :func:`permutohedral_lattice`.
 
@@ -450,7 +450,7 @@ def permutohedral_filter(values: Tensor, features: Tensor | PermutohedralLattice
 
 
 def mean_field(
-    logits: Tensor,
+    unary: Tensor,
     lattices: Sequence[PermutohedralLattice],
     compatibilities: Sequence[Tensor],
     iterations: int = 10,
@@ -458,11 +458,11 @@ def mean_field(
     normalization: str = "symmetric",
     backend: str = "auto",
 ) -> Tensor:
-    """Mean field inference in a fully connected CRF: ``Q = softmax(logits)``, then, ``iterations`` times,
-    ``Q = softmax(logits - sum over m of compatibility_m K_m Q)``.
+    """Mean field inference in a fully connected CRF: ``Q = softmax(-unary)``, then, ``iterations`` times,
+    ``Q = softmax(-unary - sum over m of compatibility_m K_m Q)``.
 
     Args:
-        logits: ``[N, C, *spatial]``, floating point: the negative unary energies; fastest with the channels last in memory.
+        unary: ``[N, C, *spatial]``, floating point: energies, ``-log P``; fastest channels-last.
         lattices: of the features of each Gaussian kernel ``K_m``; of one dtype, in which all is computed.
         compatibilities: per kernel its weight times the compatibility of labels: ``[C, C]``, or ``[C]`` for a diagonal. Potts
             with weight w is the diagonal of ``-w``: marginals add up to one, so it is the same as w off the diagonal.
@@ -471,7 +471,7 @@ def mean_field(
         backend: as in :func:`permutohedral_lattice`.
 
     Returns:
-        The marginals Q, ``[N, C, *spatial]``, dtype of ``logits``, channels last in memory. A point's own message to itself is not
+        The marginals Q, ``[N, C, *spatial]``, dtype of ``unary``, channels last in memory. A point's own message to itself is not
         removed.
 
     Raises:
@@ -480,11 +480,13 @@ def mean_field(
     Source: Kraehenbuehl and Koltun, "Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials", 2011,
     algorithm 1; the normalisations: the same, "Parameter Learning and Convergent Inference for Dense Random Fields", 2013.
     """
-    check_mean_field(logits, lattices, compatibilities, iterations, normalization)
-    dtype = lattices[0].weights.dtype if lattices else computed_in(logits.dtype)
-    arrays = [array for lattice in lattices for array in _mean_field_op.normalized(lattice, normalization, backend)]
+    check_mean_field(unary, lattices, compatibilities, iterations, normalization)
+    dtype = lattices[0].weights.dtype if lattices else computed_in(unary.dtype)
+    before, after = _mean_field_op.normalizers(lattices, normalization, backend)
+    arrays = [array for lattice in lattices for array in lattice.arrays()]
     factors = [compatibility.to(dtype).contiguous() for compatibility in compatibilities]
-    return channels_second(_mean_field_op.mean_field(points_first(logits).to(dtype), arrays, factors, iterations, backend), logits)
+    rows = points_first(unary).to(dtype)
+    return channels_second(_mean_field_op.mean_field(rows, arrays, factors, before, after, iterations, backend), unary)
 
 
 def explain(op: str, *args: Any, backend: str = "auto", **kwargs: Any) -> dispatch.Explanation:

@@ -20,14 +20,15 @@ def check_features(features: Tensor) -> None:
     if features.dim() < 3 or not features.is_floating_point():
         raise ValueError(f"features of shape {list(features.shape)}, {features.dtype}: expected floating-point [N, d, *spatial]")
     if not 1 <= features.shape[1] <= MOST_DIMENSIONS:
-        raise ValueError(f"features of shape {list(features.shape)}: expected [N, d, *spatial] with d from 1 to {MOST_DIMENSIONS}")
+        raise ValueError(f"features of shape {list(features.shape)}: expected [N, d, *spatial], d from 1 to {MOST_DIMENSIONS}")
 
 
 def check_values(op: str, values: Tensor, lattice: PermutohedralLattice) -> None:
     if not isinstance(values, Tensor):
         raise TypeError(f"{op}(): expected a tensor, not {type(values).__name__}")
-    points = [lattice.vertices.shape[0], *lattice.vertices.shape[1:-1]]
-    if values.dim() < 3 or not values.is_floating_point() or values.shape[1] < 1 or [values.shape[0], *values.shape[2:]] != points:
+    points = list(lattice.vertices.shape[:-1])
+    legal = values.dim() >= 3 and values.is_floating_point() and values.shape[1] > 0
+    if not legal or [values.shape[0], *values.shape[2:]] != points:
         raise ValueError(
             f"values of shape {list(values.shape)}, {values.dtype}: expected floating-point [N, C, *spatial] with N and *spatial "
             f"{points}, as the features, and a channel at least"
@@ -52,17 +53,21 @@ def computed_in(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_mean_field(
-    logits: Tensor, lattices: Sequence[PermutohedralLattice], compatibilities: Sequence[Tensor], iterations: int, normalization: str
+    unary: Tensor,
+    lattices: Sequence[PermutohedralLattice],
+    compatibilities: Sequence[Tensor],
+    iterations: int,
+    normalization: str,
 ) -> None:
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"mean_field(): argument 'logits' must be Tensor, not {type(logits).__name__}")
-    if logits.dim() < 3 or not logits.is_floating_point() or logits.shape[1] < 1:
-        raise ValueError(f"logits of shape {list(logits.shape)}, {logits.dtype}: expected floating-point [N, C, *spatial]")
+    if not isinstance(unary, Tensor):
+        raise TypeError(f"mean_field(): argument 'unary' must be Tensor, not {type(unary).__name__}")
+    if unary.dim() < 3 or not unary.is_floating_point() or unary.shape[1] < 1:
+        raise ValueError(f"unary of shape {list(unary.shape)}, {unary.dtype}: expected floating-point [N, C, *spatial]")
     if len(lattices) != len(compatibilities):
         raise ValueError(f"{len(compatibilities)} compatibilities: expected {len(lattices)}, one per lattice")
     for lattice in lattices:
-        check_values("mean_field", logits, lattice)
-    classes = logits.shape[1]
+        check_values("mean_field", unary, lattice)
+    classes = unary.shape[1]
     for compatibility in compatibilities:
         if tuple(compatibility.shape) not in ((classes,), (classes, classes)):
             raise ValueError(
@@ -89,7 +94,7 @@ def describe_filter(values: Tensor, features: Tensor | PermutohedralLattice) -> 
     return LatticeProblem(lattice.points, lattice.dimensions, values.shape[1], lattice.dtype, lattice.device_type)
 
 
-def describe_mean_field(logits: Tensor, lattices: Sequence[PermutohedralLattice], *_: Any, **__: Any) -> LatticeProblem:
+def describe_mean_field(unary: Tensor, lattices: Sequence[PermutohedralLattice], *_: Any, **__: Any) -> LatticeProblem:
     """The numbers of a call of :func:`mean_field`."""
-    rows = points_first(logits).to(computed_in(logits.dtype))
-    return _mean_field_op.problem_of(rows, lattices[0].vertices if lattices else logits.new_empty(0, 2))
+    rows = points_first(unary).to(computed_in(unary.dtype))
+    return _mean_field_op.problem_of(rows, lattices[0].vertices if lattices else unary.new_empty(0, 2))

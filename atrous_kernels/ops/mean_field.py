@@ -16,16 +16,18 @@ from atrous_kernels.reference import mean_field as reference
 
 _library = torch.library.Library("atrous", "FRAGMENT")
 _library.define(
-    "mean_field(Tensor logits, Tensor[] lattices, Tensor[] compatibilities, SymInt iterations, str backend) -> Tensor"
+    "mean_field(Tensor unary, Tensor[] lattices, Tensor[] compatibilities, Tensor[] before, Tensor[] after, SymInt iterations, "
+    "str backend) -> Tensor"
 )
 
 NORMALIZATIONS = ("symmetric", "before", "after", "none")
 
 
-def _mean_field(logits: Tensor, lattices: Sequence[Tensor], compatibilities: Sequence[Tensor], iterations: int, backend: str) -> Tensor:
-    vertices = lattices[0] if lattices else logits.new_empty(0, 2, dtype=torch.int32)
-    run = pick("mean_field", backend, problem_of(logits, vertices)).run
-    return run(logits, list(lattices), list(compatibilities), iterations)
+def _mean_field(unary: Tensor, lattices: Sequence[Tensor], *rest: Any) -> Tensor:
+    compatibilities, before, after, iterations, backend = rest
+    vertices = lattices[0] if lattices else unary.new_empty(0, 2, dtype=torch.int32)
+    run = pick("mean_field", backend, problem_of(unary, vertices)).run
+    return run(unary, list(lattices), list(compatibilities), list(before), list(after), iterations)
 
 
 for _key in ("CPU", "CUDA"):
@@ -33,8 +35,8 @@ for _key in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("atrous::mean_field", lib=_library)
-def _fake(logits, lattices, compatibilities, iterations, backend):
-    return logits.new_empty(logits.shape)
+def _fake(unary, *_):
+    return unary.new_empty(unary.shape)
 
 
 def _no_gradient(ctx: Any, grad: Tensor) -> Any:
@@ -46,23 +48,17 @@ torch.library.register_autograd("atrous::mean_field", _no_gradient, lib=_library
 mean_field = torch.ops.atrous.mean_field.default
 
 
-def normalized(lattice: PermutohedralLattice, normalization: str, backend: str) -> tuple[Tensor, ...]:
-    """The arrays of a lattice whose filter is K normalised by its own response k = K 1 (+ 1e-20).
+def normalizers(lattices: Sequence[PermutohedralLattice], normalization: str, backend: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Per lattice the factors [points] of the values before and after the filter K, from its own response k = K 1 (+ 1e-20).
 
     ``"symmetric"``: k^-1/2 K k^-1/2, ``"before"``: K k^-1, ``"after"``: k^-1 K, ``"none"``: K.
     """
-    vertices, weights, neighbours, begin, points, point_weights = lattice.arrays()
-    if normalization == "none":
-        return vertices, weights, neighbours, begin, points, point_weights
-    ones = weights.new_ones(len(weights), 1)
-    factor = 1 / (permutohedral_filter(ones, *lattice.arrays(), False, backend) + 1e-20)
-    if normalization == "symmetric":
-        factor = factor.sqrt()
-    if normalization != "before":
-        weights = weights * factor
-    if normalization != "after":
-        point_weights = point_weights * factor[:, 0].index_select(0, points)
-    return vertices, weights, neighbours, begin, points, point_weights
+    factors = []
+    for lattice in lattices if normalization != "none" else ():
+        arrays = lattice.arrays()
+        response = permutohedral_filter(arrays[1].new_ones(len(arrays[1]), 1), *arrays, False, backend)[:, 0] + 1e-20
+        factors.append(response.rsqrt() if normalization == "symmetric" else response.reciprocal())
+    return [] if normalization == "after" else factors, [] if normalization == "before" else factors
 
 
 def _native(*args: Any) -> Tensor:

@@ -19,9 +19,7 @@ from atrous_kernels.reference import permutohedral_filter as reference
 _library = torch.library.Library("atrous", "FRAGMENT")
 _LATTICE = "Tensor vertices, Tensor weights, Tensor neighbours, Tensor begin, Tensor points, Tensor point_weights"
 _library.define(f"permutohedral_filter(Tensor values, {_LATTICE}, bool reverse, str backend) -> Tensor")
-_library.define(
-    f"permutohedral_filter_weights(Tensor grad, Tensor values, {_LATTICE}, bool reverse, str backend) -> Tensor"
-)
+_library.define(f"permutohedral_filter_weights(Tensor grad, Tensor values, {_LATTICE}, bool reverse, str backend) -> Tensor")
 
 
 def problem_of(values: Tensor, vertices: Tensor) -> LatticeProblem:

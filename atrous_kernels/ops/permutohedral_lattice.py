@@ -17,9 +17,7 @@ from atrous_kernels.dispatch import Implementation
 from atrous_kernels.reference import permutohedral_lattice as reference
 
 _library = torch.library.Library("atrous", "FRAGMENT")
-_library.define(
-    "permutohedral_lattice(Tensor features, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+_library.define("permutohedral_lattice(Tensor features, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
 
 MOST_DIMENSIONS = 6
 

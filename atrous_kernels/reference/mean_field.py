@@ -11,13 +11,23 @@ from atrous_kernels.reference.permutohedral_filter import permutohedral_filter
 ARRAYS = 6  # of a lattice that a filter reads
 
 
-def mean_field(logits: Tensor, lattices: Sequence[Tensor], compatibilities: Sequence[Tensor], iterations: int) -> Tensor:
-    """[points, C] -> the marginals [points, C]; ``lattices`` holds six tensors for each of ``compatibilities``."""
-    marginals = logits.softmax(-1)
+def mean_field(
+    unary: Tensor,
+    lattices: Sequence[Tensor],
+    compatibilities: Sequence[Tensor],
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    iterations: int,
+) -> Tensor:
+    """[points, C] -> the marginals [points, C]; ``lattices`` holds six tensors for each of ``compatibilities``, ``before`` and
+    ``after`` one factor [points] for each, or nothing."""
+    marginals = (-unary).softmax(-1)
     for _ in range(iterations):
-        energy = -logits
+        energy = unary
         for k, compatibility in enumerate(compatibilities):
-            filtered = permutohedral_filter(marginals, *lattices[k * ARRAYS : (k + 1) * ARRAYS], reverse=False)
-            energy = energy + (filtered * compatibility if compatibility.dim() == 1 else filtered @ compatibility.T)
+            x = marginals * before[k][:, None] if before else marginals
+            x = permutohedral_filter(x, *lattices[k * ARRAYS : (k + 1) * ARRAYS], reverse=False)
+            x = x * after[k][:, None] if after else x
+            energy = energy + (x * compatibility if compatibility.dim() == 1 else x @ compatibility.T)
         marginals = (-energy).softmax(-1)
     return marginals

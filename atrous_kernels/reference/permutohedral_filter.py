@@ -19,9 +19,7 @@ def filter_scale(corners: int) -> float:
     return 1 / (1 + 2.0 ** (1 - corners))
 
 
-def blurred(
-    values: Tensor, neighbours: Tensor, begin: Tensor, points: Tensor, point_weights: Tensor, reverse: bool
-) -> Tensor:
+def blurred(values: Tensor, neighbours: Tensor, begin: Tensor, points: Tensor, point_weights: Tensor, reverse: bool) -> Tensor:
     """Values of the vertices [M, C]: each sums its points; then, axis by axis, half of both neighbours is added."""
     corners, count, _ = neighbours.shape
     row = torch.arange(count, device=values.device).repeat_interleave(begin.diff())
@@ -61,4 +59,5 @@ def permutohedral_filter_weights(
     """The gradient of the weights [points, corners], which take part twice: on the way in and on the way out."""
     out = blurred(values, neighbours, begin, points, point_weights, reverse)
     back = blurred(grad, neighbours, begin, points, point_weights, not reverse)
-    return filter_scale(vertices.shape[1]) * ((out[vertices] * grad[:, None]).sum(-1) + (back[vertices] * values[:, None]).sum(-1))
+    total = (out[vertices] * grad[:, None]).sum(-1) + (back[vertices] * values[:, None]).sum(-1)
+    return filter_scale(vertices.shape[1]) * total

@@ -18,7 +18,7 @@ Arrays = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 def scales(dimensions: int, like: Tensor) -> Tensor:
     """The factor of every feature: the blur then has the width of a unit Gaussian."""
     deviation = torch.tensor(math.sqrt(2 / 3) * (dimensions + 1), dtype=like.dtype).item()
-    factors = [deviation / math.sqrt((i + 1) * (i + 2)) for i in range(dimensions)]
+    factors = [1 / math.sqrt((i + 2) * (i + 1)) * deviation for i in range(dimensions)]
     return torch.tensor(factors, dtype=like.dtype, device=like.device)
 
 

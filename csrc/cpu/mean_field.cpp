@@ -19,7 +19,7 @@ template <class T> std::vector<T> factors_of(const MeanFieldKernel<T>& kernel, i
 }  // namespace
 
 template <class T>
-void mean_field(int64_t points, int64_t channels, const T* logits, const std::vector<MeanFieldKernel<T>>& kernels,
+void mean_field(int64_t points, int64_t channels, const T* unary, const std::vector<MeanFieldKernel<T>>& kernels,
                 int64_t iterations, T* out) {
   std::vector<std::vector<T>> factors;
   std::vector<std::unique_ptr<VertexValues<T>>> vertices;
@@ -35,7 +35,7 @@ void mean_field(int64_t points, int64_t channels, const T* logits, const std::ve
   const auto update = [&] {
     parallel(points, threads, [&](int64_t first, int64_t last) {
       Scratch scratch(static_cast<size_t>(mean_field_scratch(channels)) * sizeof(T));
-      permutohedral_kernels<T>().mean_field({first, last, channels, logits, parts.data(), static_cast<int64_t>(parts.size()),
+      permutohedral_kernels<T>().mean_field({first, last, channels, unary, parts.data(), static_cast<int64_t>(parts.size()),
                                              out, scratch.as<T>()});
     });
   };
@@ -44,9 +44,9 @@ void mean_field(int64_t points, int64_t channels, const T* logits, const std::ve
     parts.clear();
     for (size_t k = 0; k < kernels.size(); ++k) {
       const LatticeView<T>& lattice = kernels[k].lattice;
-      vertices[k]->fill(out, false, kernels[k].diagonal ? factors[k].data() : nullptr);
+      vertices[k]->fill(out, false, kernels[k].diagonal ? factors[k].data() : nullptr, kernels[k].before);
       if (!kernels[k].diagonal) vertices[k]->mix(factors[k].data());
-      parts.push_back({lattice.corners, lattice.corner_vertices, lattice.weights, vertices[k]->values()});
+      parts.push_back({lattice.corners, lattice.corner_vertices, lattice.weights, vertices[k]->values(), kernels[k].after});
     }
     update();
   }

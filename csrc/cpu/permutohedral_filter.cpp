@@ -33,11 +33,12 @@ VertexValues<T>::VertexValues(const LatticeView<T>& lattice, int64_t channels)
   std::fill_n(next_ + lattice.vertices * channels, channels, T{0});
 }
 
-template <class T> void VertexValues<T>::fill(const T* points, bool reverse, const T* scale) {
+template <class T>
+void VertexValues<T>::fill(const T* points, bool reverse, const T* scale, const T* point_scale) {
   const LatticeView<T>& l = lattice_;
   const auto& kernels = permutohedral_kernels<T>();
   over_terms(l.begin, l.vertices, channels_, [&](int64_t first, int64_t last) {
-    kernels.weighted({first, last, l.begin, 0, l.corner_points, l.point_weights, points, now_, channels_});
+    kernels.weighted({first, last, l.begin, 0, l.corner_points, l.point_weights, point_scale, points, now_, channels_});
   });
   for (int64_t step = 0; step < l.corners; ++step) {
     const int64_t axis = reverse ? l.corners - 1 - step : step;
@@ -63,7 +64,7 @@ void permutohedral_filter(const LatticeView<T>& l, int64_t channels, const T* va
   blurred.fill(values, reverse, scale.data());
   parallel(l.points, threads_of(l.points, l.corners, channels), [&](int64_t first, int64_t last) {
     permutohedral_kernels<T>().weighted(
-        {first, last, nullptr, l.corners, l.corner_vertices, l.weights, blurred.values(), out, channels});
+        {first, last, nullptr, l.corners, l.corner_vertices, l.weights, nullptr, blurred.values(), out, channels});
   });
 }
 

@@ -31,8 +31,8 @@ template <class T> class VertexValues {
   T* values() const { return now_; }
 
   // Blurred values of the vertices from values of the points. reverse: the axes in reverse order, which is the adjoint.
-  // scale: per channel, or null.
-  void fill(const T* points, bool reverse, const T* scale);
+  // scale: what the result is multiplied by, per channel, or null. point_scale: the same of the input, per point.
+  void fill(const T* points, bool reverse, const T* scale, const T* point_scale = nullptr);
 
   // values() times a matrix [channels, channels].
   void mix(const T* matrix);

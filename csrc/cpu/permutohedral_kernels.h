@@ -7,13 +7,13 @@
 
 namespace atrous::cpu {
 
-// dst[r] = sum over the terms k of row r of weight[k] * src[index[k]]: points into vertices, and back.
+// dst[r] = sum over the terms k of row r of weight[k] * scale[index[k]] * src[index[k]]: points into vertices, and back.
 template <class T> struct WeightedRows {
   int64_t first, last;   // rows
   const int64_t* begin;  // of every row's terms; null: row r has `terms` from r * terms on
   int64_t terms;
   const int32_t* index;
-  const T *weight, *src;
+  const T *weight, *scale, *src;  // scale: one per row of src, or null
   T* dst;
   int64_t channels;
 };
@@ -45,15 +45,16 @@ template <class T> struct MixRows {
   int64_t channels;
 };
 
-// dst[r] = softmax(logits[r] + sum over lattices and terms of weight * src[index]).
+// dst[r] = softmax(-unary[r] + sum over the parts of scale[r] * sum over their terms of weight * src[index]).
 template <class T> struct MeanFieldRows {
   struct Part {
     int64_t terms;
     const int32_t* index;
     const T *weight, *src;
+    const T* scale;  // one per row, or null
   };
   int64_t first, last, channels;
-  const T* logits;
+  const T* unary;
   const Part* parts;
   int64_t count;  // of parts
   T* dst;

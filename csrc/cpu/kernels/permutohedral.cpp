@@ -66,7 +66,7 @@ template <class T> void weighted(const WeightedRows<T>& rows) {
         Part<T, width> sum[parts] = {};
         for (; k < stop; ++k) {
           const T* src = rows.src + static_cast<int64_t>(rows.index[k]) * rows.channels;
-          const T weight = rows.weight[k];
+          const T weight = rows.scale ? rows.weight[k] * rows.scale[rows.index[k]] : rows.weight[k];
 #pragma GCC unroll 4
           for (int i = 0; i < parts; ++i) sum[i] += load_part<width>(src + at[i]) * weight;
         }
@@ -181,12 +181,13 @@ template <class T> void mean_field(const MeanFieldRows<T>& rows) {
       for (int64_t r = from; r < from + count; ++r) {
         Part<T, width> sum[parts];
 #pragma GCC unroll 4
-        for (int i = 0; i < parts; ++i) sum[i] = load_part<width>(rows.logits + r * channels + at[i]);
+        for (int i = 0; i < parts; ++i) sum[i] = -load_part<width>(rows.unary + r * channels + at[i]);
         for (int64_t p = 0; p < rows.count; ++p) {
           const auto& part = rows.parts[p];
+          const T scale = part.scale ? part.scale[r] : 1;
           for (int64_t k = r * part.terms; k < (r + 1) * part.terms; ++k) {
             const T* src = part.src + static_cast<int64_t>(part.index[k]) * channels;
-            const T weight = part.weight[k];
+            const T weight = part.weight[k] * scale;
 #pragma GCC unroll 4
             for (int i = 0; i < parts; ++i) sum[i] += load_part<width>(src + at[i]) * weight;
           }
