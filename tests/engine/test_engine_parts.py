@@ -260,7 +260,7 @@ def test_predictor_takes_and_refuses_images() -> None:
 
 def test_predictor_refines_by_the_image() -> None:
     image = np.random.default_rng(0).integers(0, 256, (8, 10, 3), dtype=np.uint8)
-    config, _ = load_config("deeplabv3_resnet18-quarter_os16_synthetic_256x256_b16", ["eval.refine=crf", "eval.crf=[5,20,10,3,3]"])
+    config, _ = load_config(overrides=["eval.refine=crf", "eval.crf=[5,20,10,3,3]"])
     model = Pointwise().eval()
     predictor = build_predictor(config, model, torch.device("cpu"))
     tensor, _ = to_tensor(image, np.zeros((8, 10), np.uint8), predictor.mean, predictor.std)

