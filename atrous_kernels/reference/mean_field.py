@@ -26,7 +26,8 @@ def mean_field(
         energy = unary
         for k, compatibility in enumerate(compatibilities):
             x = marginals * before[k][:, None] if before else marginals
-            x = permutohedral_filter(x, *lattices[k * ARRAYS : (k + 1) * ARRAYS], reverse=False)
+            vertices, weights, neighbours, begin, points, point_weights = lattices[k * ARRAYS : (k + 1) * ARRAYS]
+            x = permutohedral_filter(x, vertices, weights, neighbours, begin, points, point_weights, reverse=False)
             x = x * after[k][:, None] if after else x
             energy = energy + (x * compatibility if compatibility.dim() == 1 else x @ compatibility.T)
         marginals = (-energy).softmax(-1)

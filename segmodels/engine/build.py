@@ -130,7 +130,8 @@ def build_predictor(config: Config, model: nn.Module, device: torch.device) -> P
 def _refinement(config: Config) -> Refinement | None:
     if config.eval.refine == "none":
         return None
-    crf = DenseCRF(*config.eval.crf)
+    w1, sigma_alpha, sigma_beta, w2, sigma_gamma = config.eval.crf
+    crf = DenseCRF(w1, sigma_alpha, sigma_beta, w2, sigma_gamma)
     return lambda probabilities, images: crf(unary_from_probabilities(probabilities), images)
 
 

@@ -34,12 +34,7 @@ def _unary(classes: int, height: int, width: int, seed: int = 1) -> Tensor:
 
 def _pydensecrf(crf: DenseCRF, unary: Tensor, image: Tensor) -> Tensor:
     oracle = pytest.importorskip("pydensecrf.densecrf", reason="the oracle is not installed: pip install pydensecrf2")
-    kind = {
-        "symmetric": oracle.NORMALIZE_SYMMETRIC,
-        "before": oracle.NORMALIZE_BEFORE,
-        "after": oracle.NORMALIZE_AFTER,
-        "none": oracle.NO_NORMALIZATION,
-    }[crf.normalization]
+    kind = ("none", "before", "after", "symmetric").index(crf.normalization)  # its NormalizationType
     _, classes, height, width = unary.shape
 
     def compatibility(weight: float) -> Any:
