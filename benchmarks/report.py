@@ -109,6 +109,7 @@ OPS = {
     "pyramid_pool": "Pyramid pooling",
     "upsample_cross_entropy": "Upsampling and cross-entropy",
     "upsample_argmax": "Upsampling and argmax",
+    "dense_crf": "Dense CRF",
 }
 
 
