@@ -19,7 +19,9 @@ PROBLEMS = 150
 
 # Left out with the best instruction set: what needs more memory than the sanitizer leaves, what runs Python, not kernels, and
 # float64, which is the same templates (the fuzz has it).
-SKIPPED = "float64 or beyond_32 or 2_to_the_31 or instruction_set or compile or export or opcheck or own_samples or own_error"
+SKIPPED = (
+    "torch.float64 or beyond_32 or 2_to_the_31 or instruction_set or compile or export or opcheck or own_samples or own_error"
+)
 
 # An array that claims one row more than its memory has: the kernel must be caught reading it.
 OVERFLOW = """
