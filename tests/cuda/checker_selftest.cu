@@ -1,8 +1,7 @@
 // Small kernels, right and wrong ones, that show what the emulation's checkers see, and the matrix instructions. Driven by
 // test_emulator_checks.py; nvcc compiles them too, so that their PTX is known to be spelled right.
-#include <string>
-
 #include "../../csrc/cuda/tensor_core.h"
+#include "guarded.h"
 
 using namespace atrous::cuda;
 
@@ -99,19 +98,6 @@ __global__ void product(const bool synced, const T* a, const T* b, float* c) {
   for (int i = 0; i < 4; ++i) sum[i] = at[i / 2 * 64 + i % 2];
   multiply_add<T>(sum, of_a, of_b);
   for (int i = 0; i < 4; ++i) at[i / 2 * 64 + i % 2] = sum[i];
-}
-
-std::string last_error;
-
-template <typename Run>
-const char* guarded(Run run) {
-  try {
-    run();
-    return nullptr;
-  } catch (const std::exception& error) {
-    last_error = error.what();
-    return last_error.c_str();
-  }
 }
 
 template <typename T>
