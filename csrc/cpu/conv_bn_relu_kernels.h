@@ -12,6 +12,7 @@ namespace atrous::cpu {
 struct NormPass {
   int64_t rows, channels;
   const void *x, *grad;
+  const int64_t* at;  // statistics: elements from x to every row; null: rows follow each other
   void* out;
   const void *mean, *scale, *shift;
   const void *slope, *offset;  // input gradient: scale * grad + slope * (x - mean) + offset

@@ -79,10 +79,11 @@ template <class T> void statistics(const NormPass& p) {
   A *mean = static_cast<A*>(p.sum), *moment = static_cast<A*>(p.product);
   clear(p.channels, mean);
   clear(p.channels, moment);
-  add_rows<T>(p, mean, [&](auto lane, int64_t row, int64_t c) { return lane.get(x + row * p.channels + c); });
+  const auto of_row = [&](int64_t row) { return x + (p.at == nullptr ? row * p.channels : p.at[row]); };
+  add_rows<T>(p, mean, [&](auto lane, int64_t row, int64_t c) { return lane.get(of_row(row) + c); });
   for (int64_t c = 0; c < p.channels; ++c) mean[c] /= static_cast<A>(p.rows);
   add_rows<T>(p, moment, [&](auto lane, int64_t row, int64_t c) {
-    const auto d = lane.get(x + row * p.channels + c) - lane.sums(mean + c);
+    const auto d = lane.get(of_row(row) + c) - lane.sums(mean + c);
     return d * d;
   });
 }
