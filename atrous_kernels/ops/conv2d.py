@@ -427,7 +427,7 @@ _CPU_LOSES = {
 }
 
 
-def _gpu_unmeasured(problem: ConvProblem) -> str | None:
+def gpu_unmeasured(problem: dispatch.Problem) -> str | None:
     return "no committed measurement shows it ahead of the framework on a GPU yet"
 
 
@@ -459,8 +459,8 @@ for _name, _framework, _framework_can_run in (
         [
             Implementation("winograd", getattr(winograd, _name), winograd.can_run, _winograd_loses),
             Implementation("cpu", _cpu, _cpu_can_run, _cpu_loses),
-            Implementation("triton", getattr(triton, _name), triton.can_run, _gpu_unmeasured),
-            Implementation("cuda", _native, _cuda_can_run, _gpu_unmeasured),
+            Implementation("triton", getattr(triton, _name), triton.can_run, gpu_unmeasured),
+            Implementation("cuda", _native, _cuda_can_run, gpu_unmeasured),
             Implementation("torch", _framework, _framework_can_run, _always),
             Implementation("reference", getattr(reference, _name), _always, _last_resort),
         ],

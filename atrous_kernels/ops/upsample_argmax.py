@@ -10,9 +10,11 @@ from torch import Tensor
 
 from atrous_kernels import dispatch
 from atrous_kernels.dispatch import Implementation
+from atrous_kernels.ops.conv2d import gpu_unmeasured
 from atrous_kernels.ops.upsample_cross_entropy import always, cpu_can_run, last_resort, pick
 from atrous_kernels.reference import upsample_argmax as reference
 from atrous_kernels.reference.upsample_cross_entropy import accumulator
+from atrous_kernels.triton import upsample_argmax as triton
 
 _library = torch.library.Library("atrous", "FRAGMENT")
 _library.define("upsample_argmax(Tensor logits, SymInt[2] size, bool align_corners, str backend) -> Tensor")
@@ -47,6 +49,7 @@ dispatch.register(
     "upsample_argmax",
     [
         Implementation("cpu", _native, cpu_can_run, always),
+        Implementation("triton", triton.upsample_argmax, triton.can_run, gpu_unmeasured),
         Implementation("torch", _framework, always, always),
         Implementation("reference", reference.upsample_argmax, always, last_resort),
     ],

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from atrous_kernels import dispatch, native
 from atrous_kernels.dispatch import Implementation
-from atrous_kernels.ops.conv2d import is_channels_last
+from atrous_kernels.ops.conv2d import gpu_unmeasured, is_channels_last
 from atrous_kernels.problem import UpsampleProblem
 from atrous_kernels.reference import upsample_cross_entropy as reference
+from atrous_kernels.triton import upsample_cross_entropy as triton
 
 _library = torch.library.Library("atrous", "FRAGMENT")
 _OPTIONS = "SymInt ignore_index, str reduction, float label_smoothing, float hard_fraction, bool align_corners"
@@ -196,6 +197,7 @@ dispatch.register(
     "upsample_cross_entropy",
     [
         Implementation("cpu", _native, cpu_can_run, always),
+        Implementation("triton", triton.upsample_cross_entropy, triton.can_run, gpu_unmeasured),
         Implementation("torch", _framework, always, always),
         Implementation("reference", reference.upsample_cross_entropy, always, last_resort),
     ],

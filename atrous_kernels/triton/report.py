@@ -12,9 +12,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,29 +23,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atrous_kernels.problem import ConvProblem
-from atrous_kernels.triton import conv2d
+from atrous_kernels.problem import ConvProblem, UpsampleProblem
+from atrous_kernels.triton import conv2d, upsample_argmax, upsample_cross_entropy
 from atrous_kernels.triton.runtime import Launch, interpreting
 
-CAPABILITIES = (80, 90)
-# Written in PTX for sm_80 and sm_90, and what the counts are called in a row.
-_INSTRUCTIONS = {"mma": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "async_copies": r"\bcp\.async\.c[ag]\."}
+CAPABILITIES = (80, 90, 100)
+# Written in PTX for sm_80 and later, sm_90, sm_100; and what the counts are called in a row.
+_INSTRUCTIONS = {
+    "mma": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma",
+    "async_copies": r"\bcp\.async\.c[ag]\.",
+}  # fmt: skip
 _POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32",
+    torch.int64: "*i64", torch.uint8: "*u8",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Case:
-    """A convolution to compile for; ``name`` says why it is there, ``tf32`` whether float32 may be rounded to TF32."""
+    """Launches to compile for: ``plan`` makes them on tensors without memory. ``name`` says why the case is there, ``tf32``
+    whether float32 may be rounded to TF32."""
 
     name: str
-    problem: ConvProblem
+    op: str
+    problem: ConvProblem | UpsampleProblem
+    channels_last: bool
+    plan: Callable[[], list[Launch]]
     tf32: bool = False
 
 
 def cases() -> list[Case]:
-    """Large and ragged, dense, grouped and depthwise, in both layouts and all dtypes."""
+    """Large and ragged problems of every op, in both layouts and all dtypes."""
+    return [*_convolutions(), *_upsamplings()]
+
+
+def _convolutions() -> Iterator[Case]:
+    """Dense, strided, grouped and depthwise, with their two gradients."""
     shapes = {
         "ASPP rate 12": ConvProblem(16, 2048, 256, (33, 33), (3, 3), padding=(12, 12), dilation=(12, 12)),
         "strided": ConvProblem(16, 256, 512, (65, 65), (3, 3), stride=(2, 2), padding=(1, 1)),
@@ -54,15 +68,91 @@ def cases() -> list[Case]:
             16, 2048, 2048, (33, 33), (3, 3), padding=(12, 12), dilation=(12, 12), groups=2048
         ),
     }
-    found = []
     for name, shape in shapes.items():
         for dtype, channels_last in product((torch.bfloat16, torch.float32), (True, False)):
             problem = replace(shape, dtype=dtype, device_type="cuda", channels_last=channels_last)
-            found.append(Case(name, problem))
+            variants = [(problem, False)]
             if name == "ASPP rate 12" and channels_last:
-                half = Case(name, replace(problem, dtype=torch.float16))
-                found.append(Case(name, problem, tf32=True) if dtype is torch.float32 else half)
-    return found
+                half = replace(problem, dtype=torch.float16)
+                variants.append((problem, True) if dtype is torch.float32 else (half, False))
+            for (variant, tf32), (op, plan) in product(variants, _CONVOLUTIONS.items()):
+                yield Case(name, op, variant, channels_last, partial(plan, variant), tf32)
+
+
+def _conv2d(problem: ConvProblem) -> list[Launch]:
+    x, weight, _ = _operands(problem)
+    bias = torch.empty(problem.out_channels, dtype=problem.dtype, device="meta")
+    return conv2d.plan_conv2d(x, weight, bias, *_geometry(problem))[1]
+
+
+def _conv2d_input(problem: ConvProblem) -> list[Launch]:
+    x, weight, grad = _operands(problem)
+    return conv2d.plan_conv2d_input(x.shape, weight, grad, *_geometry(problem))[1]
+
+
+def _conv2d_weight(problem: ConvProblem) -> list[Launch]:
+    x, weight, grad = _operands(problem)
+    return conv2d.plan_conv2d_weight(x, weight.shape, grad, *_geometry(problem))[1]
+
+
+_CONVOLUTIONS = {"conv2d": _conv2d, "conv2d_input": _conv2d_input, "conv2d_weight": _conv2d_weight}
+
+
+def _operands(problem: ConvProblem) -> tuple[Tensor, Tensor, Tensor]:
+    """Input, weight and output gradient."""
+    sizes = (
+        (problem.batch, problem.in_channels, *problem.in_size),
+        (problem.out_channels, problem.in_channels // problem.groups, *problem.kernel),
+        (problem.batch, problem.out_channels, *problem.out_size),
+    )
+    x, weight, grad = (_tensor(size, problem.dtype, problem.channels_last) for size in sizes)
+    return x, weight, grad
+
+
+def _geometry(problem: ConvProblem) -> tuple[Any, ...]:
+    return problem.stride, problem.padding, problem.dilation, problem.groups
+
+
+def _tensor(size: Sequence[int], dtype: torch.dtype, channels_last: bool) -> Tensor:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(size, dtype=dtype, device="meta", memory_format=layout)
+
+
+def _upsamplings() -> Iterator[Case]:
+    """Loss with gradient, with all options and without, losses per pixel, and classes."""
+    shapes = {
+        "x16": UpsampleProblem(16, 21, (33, 33), (513, 513)),
+        "x8": UpsampleProblem(16, 19, (65, 65), (513, 513)),
+        "150 classes": UpsampleProblem(16, 150, (60, 60), (473, 473)),
+        "1024 classes": UpsampleProblem(2, 1024, (33, 33), (513, 513)),
+        "two classes": UpsampleProblem(16, 2, (128, 128), (512, 512)),
+    }
+    for name, shape in shapes.items():
+        for dtype, channels_last in product((torch.bfloat16, torch.float32), (True, False)):
+            problem = replace(shape, dtype=dtype, device_type="cuda")
+            for options in (False, True):
+                plan = partial(_upsample_cross_entropy, problem, channels_last, options)
+                yield Case(f"{name}, all options" if options else name, "upsample_cross_entropy", problem, channels_last, plan)
+            yield Case(name, "upsample_argmax", problem, channels_last, partial(_upsample_argmax, problem, channels_last))
+
+
+def _upsample_cross_entropy(problem: UpsampleProblem, channels_last: bool, options: bool) -> list[Launch]:
+    """``options``: weights, smoothing, hard pixels and losses per pixel, with labels of one byte."""
+    logits = _tensor((problem.batch, problem.classes, *problem.in_size), problem.dtype, channels_last)
+    target = torch.empty((problem.batch, *problem.out_size), dtype=torch.uint8 if options else torch.int64, device="meta")
+    if not options:
+        return upsample_cross_entropy.plan(logits, target, None, None, 255, 0.0, False, mean=True, per_pixel=False,
+                                           with_gradient=True)[1]  # fmt: skip
+    weight, scale = logits.new_empty(problem.classes, dtype=torch.float32), target.to(torch.float32)
+    forward = upsample_cross_entropy.plan(logits, target, None, None, 255, 0.0, False, mean=False, per_pixel=True,
+                                          with_gradient=False)[1]  # fmt: skip
+    return forward + upsample_cross_entropy.plan(logits, target, weight, scale, 255, 0.1, False, mean=True, per_pixel=True,
+                                                 with_gradient=True)[1]  # fmt: skip
+
+
+def _upsample_argmax(problem: UpsampleProblem, channels_last: bool) -> list[Launch]:
+    logits = _tensor((problem.batch, problem.classes, *problem.in_size), problem.dtype, channels_last)
+    return upsample_argmax.plan(logits, problem.out_size, False)[1]
 
 
 @contextmanager
@@ -73,26 +163,6 @@ def _tf32(allowed: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-
-
-def launches(problem: ConvProblem) -> list[tuple[str, Launch]]:
-    """(op, launch) pairs of a problem and its two gradients, planned on tensors without memory."""
-
-    def tensor(*size: int) -> Tensor:
-        layout = torch.channels_last if problem.channels_last else torch.contiguous_format
-        return torch.empty(size, dtype=problem.dtype, device="meta", memory_format=layout)
-
-    x = tensor(problem.batch, problem.in_channels, *problem.in_size)
-    weight = tensor(problem.out_channels, problem.in_channels // problem.groups, *problem.kernel)
-    bias = torch.empty(problem.out_channels, dtype=problem.dtype, device="meta")
-    grad = tensor(problem.batch, problem.out_channels, *problem.out_size)
-    geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
-    plans = {
-        "conv2d": conv2d.plan_conv2d(x, weight, bias, *geometry),
-        "conv2d_input": conv2d.plan_conv2d_input(x.shape, weight, grad, *geometry),
-        "conv2d_weight": conv2d.plan_conv2d_weight(x, weight.shape, grad, *geometry),
-    }
-    return [(op, launch) for op, (_, planned) in plans.items() for launch in planned]
 
 
 def compile_launch(launch: Launch, capability: int) -> Any:
@@ -117,6 +187,8 @@ def compile_launch(launch: Launch, capability: int) -> Any:
         elif isinstance(value, Tensor):
             signature[name] = _POINTERS[value.dtype]
             attributes[(position,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0 and specialized:
@@ -148,15 +220,15 @@ def rows(capabilities: Sequence[int] = CAPABILITIES) -> Iterator[dict[str, Any]]
     """One row per case, op, kernel and target."""
     for case in cases():
         with _tf32(case.tf32):
-            planned = launches(case.problem)
-        for op, launch in planned:
+            launches = case.plan()
+        for launch in launches:
             for capability in capabilities:
                 compiled = compile_launch(launch, capability)
                 ptx = compiled.asm["ptx"]
                 yield {
-                    "case": case.name, "problem": str(case.problem), "op": op, "kernel": _name(launch),
+                    "case": case.name, "problem": str(case.problem), "op": case.op, "kernel": _name(launch),
                     "dtype": str(case.problem.dtype).removeprefix("torch."), "tf32": case.tf32,
-                    "channels_last": case.problem.channels_last,
+                    "channels_last": case.channels_last,
                     "target": f"sm_{capability}", "grid": launch.grid,
                     "warps": launch.num_warps, "stages": launch.num_stages,
                     "blocks": [v for k, v in launch.constants.items() if k.startswith("BLOCK")],

@@ -91,22 +91,27 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
-def can_run(problem: ConvProblem) -> str | None:
-    """None where the Triton kernels can compute ``problem`` and its gradients, else the reason why not."""
-    if problem.device_type != "cuda" and not interpreting():
-        return f"compiles for CUDA devices, not for {problem.device_type} (TRITON_INTERPRET=1 interprets it there)"
-    if problem.dtype not in DTYPES:
-        return f"{problem.dtype} is not one of {', '.join(map(str, DTYPES))}: sums are kept in float32"
+def unavailable(device_type: str, dtype: torch.dtype) -> str | None:
+    """None where Triton kernels run on such a device and with such a dtype, else the reason why not."""
+    if device_type != "cuda" and not interpreting():
+        return f"compiles for CUDA devices, not for {device_type} (TRITON_INTERPRET=1 interprets it there)"
+    if dtype not in DTYPES:
+        return f"{dtype} is not one of {', '.join(map(str, DTYPES))}: sums are kept in float32"
     if not _has_triton():
         return "Triton is not installed (pip install triton)"
+    if device_type == "cuda" and not interpreting():
+        return _device_too_old()
+    return None
+
+
+def can_run(problem: ConvProblem) -> str | None:
+    """None where the Triton kernels can compute ``problem`` and its gradients, else the reason why not."""
     for name, (height, width) in (("input", problem.in_size), ("output", problem.out_size)):
         if problem.batch * height * width > MAX_PIXELS:
             return f"{problem.batch} x {height} x {width} {name} pixels are more than {MAX_PIXELS}"
     if problem.groups > MAX_GROUPS and problem.groups != problem.in_channels:
         return f"{problem.groups} groups are more than {MAX_GROUPS}"
-    if problem.device_type == "cuda" and not interpreting():
-        return _device_too_old()
-    return None
+    return unavailable(problem.device_type, problem.dtype)
 
 
 def _has_triton() -> bool:

@@ -79,6 +79,6 @@ def test_committed_table_is_current(table: dict[str, Any]) -> None:
 
 def test_compiling_while_interpreting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    _, launch = report.launches(report.cases()[0].problem)[0]
+    launch = report.cases()[0].plan()[0]
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
         report.compile_launch(launch, 90)
