@@ -339,14 +339,15 @@ def upsample_cross_entropy(
             first in the order of image, row, column. "mean" divides by the weights of the kept ones, "none" gives 0 for the
             others.
         align_corners: as in :func:`torch.nn.functional.interpolate`.
-        backend: ``"auto"``, ``"cpu"``, ``"torch"`` (the framework's operators) or ``"reference"``.
+        backend: ``"auto"``, ``"cpu"``, ``"triton"``, ``"torch"`` (the framework's operators) or ``"reference"``.
 
     Returns:
         A scalar, or ``[N, H, W]`` for "none"; float64 for float64 logits, else float32.
 
     Raises:
         TypeError, ValueError: wrong types, sizes or options; the message names the value and what was expected.
-        RuntimeError: a label that is neither a class nor ``ignore_index``; a ``backend`` that cannot run.
+        RuntimeError: a label that is neither a class nor ``ignore_index`` (from ``triton`` on a GPU as a failed assertion on the
+            device, as from the framework's own loss); a ``backend`` that cannot run.
         NotImplementedError: a second derivative.
 
     Where a gradient will be needed, it is computed at low resolution together with the loss. Sources: upsampling the logits

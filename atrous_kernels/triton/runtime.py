@@ -144,11 +144,12 @@ def power_of_two(value: int, least: int, most: int) -> int:
     return min(max(1 << max(value - 1, 0).bit_length(), least), most)
 
 
-def new_tensor(size: Sequence[int], like: Tensor, *others: Tensor) -> Tensor:
-    """An unwritten tensor of the dtype of ``like``, channels-last if any of the given tensors is (the framework's rule)."""
+def new_tensor(size: Sequence[int], like: Tensor, *others: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An unwritten tensor, by default of the dtype of ``like``; channels-last if any of the given tensors is (the framework's
+    rule)."""
     last = any(x.stride(1) == 1 and x.stride(3) >= x.shape[1] and x.shape[1:].numel() > 1 for x in (like, *others))
     layout = torch.channels_last if last else torch.contiguous_format
-    return torch.empty(tuple(size), dtype=like.dtype, device=like.device, memory_format=layout)
+    return torch.empty(tuple(size), dtype=dtype or like.dtype, device=like.device, memory_format=layout)
 
 
 def strides(name: str, tensor: Tensor) -> dict[str, int]:

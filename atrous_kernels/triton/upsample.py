@@ -150,11 +150,12 @@ def piece_of(slot, n_in, n_out, step, offset, divisor, first_cell, pieces, WIDTH
     cell = slot // pieces + first_cell
     first = first_position(cell, n_out, step, offset, divisor) + slot % pieces * WIDTH
     last = tl.minimum(first + WIDTH, first_position(cell + 1, n_out, step, offset, divisor))
+    # Rounded once, so that exact where a share is a binary fraction: logits that are equal then stay so.
+    share = tl.div_rn((first * step + offset - cell * divisor).to(tl.float32), divisor.to(tl.float32))
+    rate = tl.div_rn(step.to(tl.float32), divisor.to(tl.float32))
     # The outermost cells have a neighbour on one side only.
     between = (cell >= 0) & (cell < n_in - 1)
-    share = (first * step + offset - cell * divisor).to(tl.float32) / divisor
-    share = tl.where(between, share, tl.where(cell < 0, 1.0, 0.0))
-    return cell, first, last, share, tl.where(between, step / divisor, 0.0)
+    return cell, first, last, tl.where(between, share, tl.where(cell < 0, 1.0, 0.0)), tl.where(between, rate, 0.0)
 
 
 @kernel()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from atrous_kernels.triton.runtime import Launch, kernel, power_of_two, run, strides
+from atrous_kernels.triton.runtime import Launch, kernel, new_tensor, power_of_two, run, strides
 from atrous_kernels.triton.upsample import (
     GEOMETRY,
     UpsampleTiles,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["can_run", "upsample_cross_entropy"]
 
 
-@kernel(do_not_specialize=["ignore_index", "logits_c", "programs", *GEOMETRY])
+@kernel(do_not_specialize=["ignore_index", "logits_c", "programs", "column_slots", *GEOMETRY])
 def _loss(
     logits, target, weight, scale, losses, parts, sums, bad_labels,
     classes, ignore_index, hard, smooth,  # 1 - s and s / C of a label smoothing s
@@ -267,12 +267,11 @@ def _gather(
 
 @dataclass(frozen=True)
 class Results:
-    """What the launches of a plan write; all float32."""
+    """What the launches of a plan write."""
 
-    loss: Tensor  # a scalar
-    losses: Tensor | None  # [N, H, W]
-    gradient: Tensor | None  # [N, C, h, w]
-    valid: Tensor  # int32 scalar: 0 where a label is neither a class nor the ignored one
+    loss: Tensor  # float32, a scalar or [N, H, W]
+    gradient: Tensor  # float32 [N, C, h, w], or empty
+    valid: Tensor  # int32, a scalar: 0 where a label is neither a class nor the ignored one
 
 
 def plan(
@@ -297,12 +296,15 @@ def plan(
 
     parts = new(batch, tiles.rows.slots, tiles.columns.slots, 4, classes) if with_gradient else None
     sums, bad_labels = new(2, tiles.programs), new(tiles.programs, dtype=torch.int32)
-    divisor = new() if mean else None
-    layout = torch.channels_last if logits.stride(1) == 1 else torch.contiguous_format
-    gradient = torch.empty_like(logits, dtype=torch.float32, memory_format=layout) if with_gradient else None
-    results = Results(new(), new(*target.shape) if per_pixel else None, gradient, new(dtype=torch.int32))
+    total, divisor = new(), new() if mean else None
+    losses = new(*target.shape) if per_pixel else None
+    results = Results(
+        total if losses is None else losses,
+        new_tensor(logits.shape, logits, dtype=torch.float32) if with_gradient else new(0),
+        new(dtype=torch.int32),
+    )
     arguments = {
-        "logits": logits, "target": target, "weight": weight, "scale": scale, "losses": results.losses, "parts": parts,
+        "logits": logits, "target": target, "weight": weight, "scale": scale, "losses": losses, "parts": parts,
         "sums": sums, "bad_labels": bad_labels,
         "classes": classes, "ignore_index": ignore_index,
         "hard": 1 - label_smoothing, "smooth": label_smoothing / classes,
@@ -312,12 +314,12 @@ def plan(
     }  # fmt: skip
     launches = [Launch(_loss, (tiles.programs,), arguments, {"SMOOTH": label_smoothing > 0, **tiles.constants()}, 1, 1)]
     finish = {
-        "sums": sums, "bad_labels": bad_labels, "loss": results.loss, "divisor": divisor, "valid": results.valid,
+        "sums": sums, "bad_labels": bad_labels, "loss": total, "divisor": divisor, "valid": results.valid,
         "programs": tiles.programs,
     }  # fmt: skip
     launches.append(Launch(_finish, (1,), finish, {"MEAN": mean, "BLOCK": 4096}, 16))
-    if parts is not None and gradient is not None:
-        launches.append(_plan_gather(parts, divisor, gradient, tiles))
+    if parts is not None:
+        launches.append(_plan_gather(parts, divisor, results.gradient, tiles))
     return results, launches
 
 
@@ -362,21 +364,22 @@ def upsample_cross_entropy(
         first, launches = plan(logits, target, weight, None, *options, mean=False, per_pixel=True, with_gradient=False)
         run(launches, logits.device)
         _check(first.valid, logits.shape[1], ignore_index)
-        kept = _hard_pixels(first.losses, target != ignore_index, hard_fraction)
+        kept = _hard_pixels(first.loss, target != ignore_index, hard_fraction)
         scale = kept if scale is None else kept * scale
-    per_pixel = reduction == "none"
     results, launches = plan(
         logits, target, weight, scale, *options,
-        mean=reduction == "mean", per_pixel=per_pixel, with_gradient=with_gradient,
+        mean=reduction == "mean", per_pixel=reduction == "none", with_gradient=with_gradient,
     )  # fmt: skip
     run(launches, logits.device)
     _check(results.valid, logits.shape[1], ignore_index)
-    loss = results.losses if per_pixel else results.loss
-    return loss, logits.new_empty(0, dtype=torch.float32) if results.gradient is None else results.gradient
+    return results.loss, results.gradient
 
 
 def _hard_pixels(losses: Tensor, counted: Tensor, fraction: float) -> Tensor:
-    """1 or 0 for every pixel: :func:`atrous_kernels.reference.upsample_cross_entropy.hard_pixels` without a number on the host."""
+    """1 for the pixels that :func:`atrous_kernels.reference.upsample_cross_entropy.hard_pixels` keeps, else 0.
+
+    Sorted where the reference selects, because how many are kept is known on the device only.
+    """
     rank = losses.nan_to_num(nan=torch.inf, posinf=torch.inf).masked_fill(~counted, -torch.inf).flatten()
     keep = (counted.sum().double() * fraction).ceil()
     order = rank.sort(descending=True, stable=True).indices

@@ -16,10 +16,12 @@ from atrous_kernels import native
 from atrous_kernels.ops.upsample_argmax import upsample_argmax
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ("auto", "reference", "cpu", "torch")
+BACKENDS = ("auto", "reference", "cpu", "torch", *(("triton",) if DEVICE == "cuda" else ()))
 
 
-def _skip_unless_runnable(backend: str) -> None:
+def _skip_unless_runnable(backend: str, dtype: torch.dtype = torch.float32) -> None:
+    if backend == "triton" and dtype is torch.float64:
+        pytest.skip("the Triton kernels compute in float32")
     if backend == "cpu" and (DEVICE != "cpu" or native.cpu_missing()):
         pytest.skip(native.cpu_missing() or "the tensors are on a GPU")
 
@@ -59,7 +61,7 @@ SIZES = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", SIZES)
 def test_against_float64(name: str, dtype: torch.dtype, nhwc: bool, corners: bool, backend: str, poison: None) -> None:
-    _skip_unless_runnable(backend)
+    _skip_unless_runnable(backend, dtype)
     shape, size = SIZES[name]
     logits = torch.randn(shape, device=DEVICE).mul(3).to(dtype)
     if nhwc:
@@ -131,7 +133,7 @@ def test_opcheck_and_compile() -> None:
         (dict(size=(0, 4)), ValueError, r"size=\(0, 4\): expected positive numbers"),
         (dict(size=(4, 4, 4)), ValueError, r"size=\(4, 4, 4\): expected positive numbers"),
         (dict(size=2.5), ValueError, "size=2.5: expected positive numbers"),
-        (dict(backend="cuda"), ValueError, "unknown backend 'cuda': expected one of auto, cpu, torch, reference"),
+        (dict(backend="cuda"), ValueError, "unknown backend 'cuda': expected one of auto, cpu, triton, torch, reference"),
     ],
 )
 def test_mistakes_name_the_value(changes: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -17,89 +17,15 @@ from atrous_kernels import native
 from atrous_kernels.ops.upsample_cross_entropy import upsample_cross_entropy, upsample_cross_entropy_backward
 from atrous_kernels.reference.upsample_cross_entropy import hard_pixels, interpolation_matrix
 from tests.repeats import assert_same_bits_for_threads, built_isas, repeat_capped
+from tests.upsampling import CASES, DEVICE, LAYOUTS, TOLERANCE, case_of, in_float64, operands
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ("auto", "reference", "cpu", "torch")
-LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+BACKENDS = ("auto", "reference", "cpu", "torch", *(("triton",) if DEVICE == "cuda" else ()))
 
-# Losses are of order 1 to 10, gradients are compared relative to the largest. float32: positions between pixels, counted up
-# to a few hundred, are rounded to 2**-24 of themselves, which moves logits by up to 1e-5; a gradient sums up to a thousand
-# pixels. 16-bit: the same arithmetic on the same rounded logits, and the gradient is rounded once (2**-8, 2**-11).
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 3e-5, torch.bfloat16: 4e-3, torch.float16: 6e-4}
-
-
-def _skip_unless_runnable(backend: str) -> None:
+def _skip_unless_runnable(backend: str, dtype: torch.dtype = torch.float32) -> None:
+    if backend == "triton" and dtype is torch.float64:
+        pytest.skip("the Triton kernels sum in float32")
     if backend == "cpu" and (DEVICE != "cpu" or native.cpu_missing()):
         pytest.skip(native.cpu_missing() or "the tensors are on a GPU")
-
-
-def _case(**changes: Any) -> dict[str, Any]:
-    base = dict(n=2, c=5, size=(4, 5), out=(19, 22), align_corners=False, weighted=False, options={})
-    return base | changes
-
-
-CASES = {
-    "plain": _case(),
-    "corners": _case(align_corners=True),
-    "weights": _case(weighted=True),
-    "smoothing": _case(options=dict(label_smoothing=0.1)),
-    "weights and smoothing": _case(weighted=True, options=dict(label_smoothing=0.3), align_corners=True),
-    "hard pixels": _case(options=dict(hard_fraction=0.3)),
-    "hard pixels of all kinds": _case(weighted=True, options=dict(hard_fraction=0.37, label_smoothing=0.1)),
-    "sum": _case(weighted=True, options=dict(reduction="sum")),
-    "none": _case(weighted=True, options=dict(reduction="none", label_smoothing=0.1)),
-    "none, hard pixels": _case(options=dict(reduction="none", hard_fraction=0.5)),
-    "sum, hard pixels": _case(options=dict(reduction="sum", hard_fraction=0.01)),
-    "21 classes, x16": _case(c=21, size=(5, 5), out=(80, 81)),
-    "150 classes": _case(n=1, c=150, size=(3, 4), out=(12, 33)),
-    "one class": _case(c=1),
-    "one pixel": _case(size=(1, 1), out=(70, 67)),
-    "to one pixel": _case(out=(1, 1), align_corners=True),
-    "same size": _case(out=(4, 5)),
-    "smaller": _case(size=(20, 31), out=(7, 9)),
-    "tall, then narrow": _case(size=(2, 40), out=(90, 11)),
-    "another ignored label": _case(options=dict(ignore_index=3)),
-    "empty batch": _case(n=0, options=dict(reduction="sum")),
-}
-
-
-def _operands(case: dict[str, Any], dtype: torch.dtype, layout: torch.memory_format) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    logits = (torch.randn(case["n"], case["c"], *case["size"], dtype=torch.float64) * 3).to(DEVICE, dtype)
-    target = torch.randint(0, case["c"], (case["n"], *case["out"]), device=DEVICE)
-    ignored = case["options"].get("ignore_index", 255)
-    target[torch.rand(target.shape, device=DEVICE) < 0.2] = ignored
-    if case["n"] > 1:
-        target[1, : case["out"][0] // 2] = ignored  # whole rows, too
-    options = dict(case["options"], align_corners=case["align_corners"])
-    if case["weighted"]:
-        options["weight"] = torch.rand(case["c"], device=DEVICE) + 0.1
-    return logits.contiguous(memory_format=layout), target, options
-
-
-def _truth(logits: Tensor, target: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The framework's operators in float64; hard pixels by a full sort."""
-    options = dict(options)
-    corners, fraction, reduction = (options.pop(k, d) for k, d in (("align_corners", False), ("hard_fraction", 1.0), ("reduction", "mean")))  # fmt: skip  # noqa: E501
-    weight = options.pop("weight", None)
-    weight = None if weight is None else weight.double()
-    options.setdefault("ignore_index", 255)
-    x = logits.detach().double().requires_grad_()
-    z = F.interpolate(x, size=list(target.shape[1:]), mode="bilinear", align_corners=corners) if x.numel() else x.sum() + x.new_zeros(0, x.shape[1], *target.shape[1:])  # fmt: skip  # noqa: E501
-    if fraction == 1:
-        loss = F.cross_entropy(z, target, weight, reduction=reduction, **options)
-    else:
-        pixel = F.cross_entropy(z, target, weight, reduction="none", **options)
-        counted = (target != options["ignore_index"]).flatten()
-        order = pixel.detach().flatten().masked_fill(~counted, -1).sort(descending=True, stable=True).indices
-        kept = torch.zeros_like(counted)
-        kept[order[: math.ceil(fraction * int(counted.sum()))]] = True
-        pixel = pixel * kept.view_as(pixel)
-        total = pixel.sum()
-        labels = target.flatten()[kept]
-        divisor = labels.numel() if weight is None else weight[labels].sum()
-        loss = {"none": pixel, "sum": total, "mean": total / divisor}[reduction]
-    upstream = torch.linspace(0.5, 2, loss.numel(), dtype=torch.float64, device=DEVICE).view_as(loss)
-    return loss.detach(), torch.autograd.grad(loss, x, upstream)[0]
 
 
 def _ours(logits: Tensor, target: Tensor, options: dict[str, Any], backend: str) -> tuple[Tensor, Tensor]:
@@ -110,9 +36,9 @@ def _ours(logits: Tensor, target: Tensor, options: dict[str, Any], backend: str)
 
 
 def _compare(case: dict[str, Any], dtype: torch.dtype, layout: torch.memory_format, backend: str) -> None:
-    logits, target, options = _operands(case, dtype, layout)
+    logits, target, options = operands(case, dtype, layout)
     loss, gradient = _ours(logits, target, options, backend)
-    true_loss, true_gradient = _truth(logits, target, options)
+    true_loss, true_gradient = in_float64(logits, target, options)
     assert loss.dtype == (torch.float64 if dtype is torch.float64 else torch.float32)
     assert gradient.dtype == dtype
     assert not gradient.numel() or gradient.is_contiguous(memory_format=layout)
@@ -127,7 +53,7 @@ def _compare(case: dict[str, Any], dtype: torch.dtype, layout: torch.memory_form
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_against_float64(name: str, dtype: torch.dtype, layout: str, backend: str, poison: None) -> None:
-    _skip_unless_runnable(backend)
+    _skip_unless_runnable(backend, dtype)
     _compare(CASES[name], dtype, LAYOUTS[layout], backend)
 
 
@@ -139,7 +65,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     # With one label that shows only in which pixels `none` keeps; smoothed to the full, all labels are as good as one.
     smoothing = [0.0, 0.1, 1.0] if hard_fraction == 1 else [0.0, 0.1]
     reduction = ["mean", "sum", "none"] if hard_fraction == 1 else ["mean", "sum"]
-    return _case(
+    return case_of(
         n=draw(st.integers(1, 3)),
         c=draw(st.integers(1, 40)),
         size=side(9),
@@ -160,9 +86,9 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
 def test_random_problems(case: dict[str, Any], nhwc: bool, backend: str) -> None:
     _skip_unless_runnable(backend)
     layout = torch.channels_last if nhwc else torch.contiguous_format
-    logits, target, options = _operands(case, torch.float64, layout)
+    logits, target, options = operands(case, torch.float64, layout)
     target[:, 0, 0] = 0  # one pixel at least counts
-    pairs = zip(_ours(logits, target, options, backend), _truth(logits, target, options), strict=True)
+    pairs = zip(_ours(logits, target, options, backend), in_float64(logits, target, options), strict=True)
     for ours, truth in pairs:
         torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10)
 
@@ -170,7 +96,7 @@ def test_random_problems(case: dict[str, Any], nhwc: bool, backend: str) -> None
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_types_of_labels_and_any_strides(backend: str) -> None:
     _skip_unless_runnable(backend)
-    logits, target, options = _operands(_case(weighted=True), torch.float32, torch.contiguous_format)
+    logits, target, options = operands(case_of(weighted=True), torch.float32, torch.contiguous_format)
     loss, gradient = _ours(logits, target, options, backend)
     wide = torch.full((4, 10, 8, 10), torch.nan, device=DEVICE)
     wide[::2, ::2, ::2, ::2] = logits
@@ -201,7 +127,7 @@ def test_no_pixel_counts(backend: str) -> None:
     for fraction in (1.0, 0.5):
         for reduction in ("mean", "sum", "none"):
             loss, gradient = _ours(logits, target, dict(reduction=reduction, hard_fraction=fraction), backend)
-            theirs, their_gradient = _truth(logits, target, dict(reduction=reduction))
+            theirs, their_gradient = in_float64(logits, target, dict(reduction=reduction))
             torch.testing.assert_close(loss.double(), theirs, equal_nan=True)
             assert torch.equal(gradient.double(), their_gradient)  # zeros
 
@@ -212,7 +138,7 @@ def test_large_logits_neither_overflow_nor_lose_the_loss(backend: str) -> None:
     logits = torch.randn(1, 4, 3, 3, device=DEVICE) * 1e4
     target = torch.randint(0, 4, (1, 20, 20), device=DEVICE)
     loss, gradient = _ours(logits, target, {}, backend)
-    true_loss, true_gradient = _truth(logits, target, {})
+    true_loss, true_gradient = in_float64(logits, target, {})
     torch.testing.assert_close(loss.double(), true_loss, rtol=1e-5, atol=0)
     # Pixels where two classes of order 1e4 meet see their difference to 1e4 * 2**-23, about 1e-3.
     torch.testing.assert_close(gradient.double(), true_gradient, rtol=0, atol=1e-3)
@@ -264,10 +190,10 @@ def test_interpolation_matrix_is_the_frameworks() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_derivatives(backend: str) -> None:
-    _skip_unless_runnable(backend)
+    _skip_unless_runnable(backend, torch.float64)
     for name in ("weights and smoothing", "none", "sum", "hard pixels"):
         case = CASES[name] | dict(n=1, size=(2, 3), out=(7, 5))
-        logits, target, options = _operands(case, torch.float64, torch.contiguous_format)
+        logits, target, options = operands(case, torch.float64, torch.contiguous_format)
         assert torch.autograd.gradcheck(
             lambda x, t=target, o=options: ak.upsample_cross_entropy(x, t, backend=backend, **o), logits.requires_grad_()
         )
@@ -299,7 +225,7 @@ def test_opcheck(backend: str) -> None:
     _skip_unless_runnable(backend)
     for layout in LAYOUTS.values():
         for name in ("plain", "none", "hard pixels of all kinds"):
-            x, target, options = _operands(CASES[name], torch.float32, layout)
+            x, target, options = operands(CASES[name], torch.float32, layout)
             reduction = options.get("reduction", "mean")
             numbers = (255, reduction, options.get("label_smoothing", 0.0), options.get("hard_fraction", 1.0), False)
             arguments = (target, options.get("weight"), *numbers)
@@ -353,7 +279,7 @@ def test_bf16_logits_under_autocast() -> None:
         (dict(reduction="average"), ValueError, "reduction='average': expected 'mean', 'sum' or 'none'"),
         (dict(label_smoothing=1.5), ValueError, "label_smoothing=1.5: expected 0 to 1"),
         (dict(hard_fraction=0), ValueError, "hard_fraction=0: expected above 0, to 1"),
-        (dict(backend="triton"), ValueError, "unknown backend 'triton': expected one of auto, cpu, torch, reference"),
+        (dict(backend="winograd"), ValueError, "unknown backend 'winograd': expected one of auto, cpu, triton, torch, reference"),
     ],
 )
 def test_mistakes_name_the_value(changes: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -367,14 +293,14 @@ def test_mistakes_name_the_value(changes: dict[str, Any], error: type[Exception]
 
 def test_explain() -> None:
     explanation = ak.explain("upsample_cross_entropy", torch.zeros(4, 21, 33, 33), torch.zeros(4, 513, 513).long())
-    assert {choice.name for choice in explanation.choices} == {"cpu", "torch", "reference"}
+    assert {choice.name for choice in explanation.choices} == {"cpu", "triton", "torch", "reference"}
     assert "4x21 33x33 to 513x513 float32" in str(explanation)
     assert "88.4 MB of upsampled logits" in str(explanation)
 
 
 def test_a_default_backend_that_the_op_lacks_leaves_it_automatic() -> None:
     logits, target = torch.zeros(1, 3, 2, 2), torch.zeros(1, 4, 4).long()
-    with ak.backend("triton"):
+    with ak.backend("winograd"):
         assert ak.upsample_cross_entropy(logits, target).item() == pytest.approx(math.log(3))
         assert ak.explain("upsample_cross_entropy", logits, target).chosen in ("cpu", "torch")
     with ak.backend("reference"):
@@ -382,7 +308,7 @@ def test_a_default_backend_that_the_op_lacks_leaves_it_automatic() -> None:
 
 
 def test_module() -> None:
-    logits, target, options = _operands(CASES["weights and smoothing"], torch.float32, torch.contiguous_format)
+    logits, target, options = operands(CASES["weights and smoothing"], torch.float32, torch.contiguous_format)
     module = ak.nn.UpsampleCrossEntropyLoss(**options)
     assert torch.equal(module(logits, target), ak.upsample_cross_entropy(logits, target, **options))
     assert list(module.state_dict()) == list(torch.nn.CrossEntropyLoss(weight=options["weight"]).state_dict())
@@ -407,7 +333,7 @@ def test_thread_counts_give_the_same_bits() -> None:
 @pytest.mark.skipif(native.cpu_missing() is not None, reason="the CPU library was not built")
 def test_more_than_2_to_the_31_elements() -> None:
     # A view whose second image starts 2**31 elements after the first; memory that nobody touches costs nothing.
-    logits, target, _ = _operands(_case(), torch.float32, torch.contiguous_format)
+    logits, target, _ = operands(case_of(), torch.float32, torch.contiguous_format)
     far = torch.empty(0).set_(
         torch.UntypedStorage(4 * (2**31 + logits[0].numel())), 0, logits.shape, (2**31, *logits.stride()[1:])
     )

@@ -30,6 +30,34 @@ def launch_count(name: str, *arguments: Any) -> int:
     return len(getattr(_kernels(), f"plan_{name}")(*arguments)[1])
 
 
+def loss_and_gradient(logits: Tensor, target: Tensor, options: dict[str, Any], upstream: Tensor) -> tuple[Tensor, Tensor]:
+    """The public ``upsample_cross_entropy`` and the gradient of its logits with ``backend="triton"``."""
+    import atrous_kernels as ak
+
+    _kernels()
+    loss = ak.upsample_cross_entropy(logits.requires_grad_(), target, **options, backend="triton")
+    return loss.detach(), torch.autograd.grad(loss, logits, upstream)[0]
+
+
+def classes(logits: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+    """The public ``upsample_argmax`` with ``backend="triton"``."""
+    import atrous_kernels as ak
+
+    _kernels()
+    return ak.upsample_argmax(logits, size, align_corners=align_corners, backend="triton")
+
+
+def far_upsampled(folder: str, dim: int, stride: int, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, gradient and classes of logits that span more than 2**31 elements along ``dim``."""
+    from atrous_kernels.triton import upsample_argmax, upsample_cross_entropy
+
+    _kernels()
+    far = far_apart(folder, logits, dim, stride)
+    options = (255, "mean", 0.0, 1.0, False)
+    loss, gradient = upsample_cross_entropy.upsample_cross_entropy(far, target, None, None, *options, True)
+    return loss, gradient, upsample_argmax.upsample_argmax(far, tuple(target.shape[1:]), False)
+
+
 def through_autograd(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, geometry: dict[str, Any]) -> list[Tensor]:
     """The public function and its gradients with ``backend="triton"``."""
     import atrous_kernels as ak

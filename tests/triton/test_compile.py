@@ -1,4 +1,4 @@
-"""The Triton kernels compiled ahead of time for sm_80 and sm_90, without a GPU."""
+"""The Triton kernels compiled ahead of time for sm_80, sm_90 and sm_100, without a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from atrous_kernels.triton import report
 
 COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results" / "triton_resources.json"
 # Bytes of shared memory one block may have: CUDA programming guide, compute capabilities.
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,9 @@ def test_every_kernel_is_compiled_for_every_target(table: dict[str, Any]) -> Non
                 assert (f"{module}._correlate", "conv2d_input", dtype, target) in compiled
                 assert (f"{module}._correlate_weight", "conv2d_weight", dtype, target) in compiled
             assert ("common._sum_splits", "conv2d_weight", dtype, target) in compiled
+            for kernel in ("_loss", "_finish", "_gather"):
+                assert (f"upsample_cross_entropy.{kernel}", "upsample_cross_entropy", dtype, target) in compiled
+            assert ("upsample_argmax._argmax", "upsample_argmax", dtype, target) in compiled
 
 
 def test_no_spills_and_shared_memory_fits(table: dict[str, Any]) -> None:
