@@ -249,10 +249,11 @@ def kernels_section() -> str:
     triton = load("triton_resources.json")
     if triton:
         rows = triton["rows"]
-        matrix = [row for row in rows if row["mma"] or row["wgmma"]]
+        matrix = [row for row in rows if row["mma"] or row["wgmma"] or row["tcgen05"]]
+        targets = sorted({row["target"] for row in rows}, key=lambda name: int(name.removeprefix("sm_")))
         lines.append(
             f"- Triton {triton['triton']}: {len(rows)} specialisations compiled ahead of time for "
-            f"{', '.join(sorted({row['target'] for row in rows}))}; {len(matrix)} of them with matrix instructions; "
+            f"{', '.join(targets)}; {len(matrix)} of them with matrix instructions; "
             f"{sum(row['spill_bytes'] for row in rows)} bytes spilled in all, at most {max(row['registers'] for row in rows)} "
             f"registers and {max(row['shared_bytes'] for row in rows) / 1024:.0f} KiB of shared memory."
         )

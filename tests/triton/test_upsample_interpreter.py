@@ -26,7 +26,9 @@ SMALLER = {
     "one pixel": dict(out=(40, 35)),
     "tall, then narrow": dict(size=(2, 20), out=(40, 6)),
 }
-PROBLEMS = {name: case | SMALLER.get(name, {}) for name, case in CASES.items()}
+PROBLEMS = {
+    name: case | SMALLER.get(name, dict(out=(11, 14)) if case["out"] == (19, 22) else {}) for name, case in CASES.items()
+}
 # float32 runs everything, the layouts by turns; the other dtypes differ in loads and in the rounding of the gradient only.
 RUNS = [(name, torch.float32, list(LAYOUTS)[i % 2]) for i, name in enumerate(PROBLEMS)]
 RUNS += [("weights and smoothing", dtype, last) for dtype in (torch.bfloat16, torch.float16) for last in LAYOUTS]
