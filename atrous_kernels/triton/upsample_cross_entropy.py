@@ -209,8 +209,8 @@ def _sum_cells(tile, CLASSES: tl.constexpr, CELLS: tl.constexpr, WIDTH: tl.const
 
 
 @kernel(do_not_specialize=["programs"])
-def _finish(sums, bad_labels, loss, divisor, valid, programs, MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    """One program adds the sums of all, in float64: the loss, and what its mean divides by."""
+def _finish(sums, bad_labels, loss, factor, valid, programs, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+    """One program adds the sums of all, in float64: the loss, and what its mean multiplies gradients by."""
     total = tl.zeros((BLOCK,), tl.float64)
     weight = tl.zeros((BLOCK,), tl.float64)
     bad = tl.zeros((BLOCK,), tl.int32)
@@ -222,9 +222,10 @@ def _finish(sums, bad_labels, loss, divisor, valid, programs, MEAN: tl.constexpr
         bad = tl.maximum(bad, tl.load(bad_labels + index, mask=mask, other=0))
     result = tl.sum(total, axis=0)
     if MEAN:
-        by = tl.sum(weight, axis=0)
-        result = result / by
-        tl.store(divisor, tl.where(by == 0, 1.0, by).to(tl.float32))  # without a counted pixel the gradient stays zero
+        divisor = tl.sum(weight, axis=0)
+        result = result / divisor
+        divisor = tl.where(divisor == 0, 1.0, divisor)  # without a counted pixel the gradient stays zero
+        tl.store(factor, (1.0 / divisor).to(tl.float32))
     tl.store(loss, result.to(tl.float32))
     tl.store(valid, (tl.max(bad, axis=0) == 0).to(tl.int32))
 
@@ -234,7 +235,7 @@ def _finish(sums, bad_labels, loss, divisor, valid, programs, MEAN: tl.constexpr
     "rows_first_cell", "rows_pieces", "columns_first_cell", "columns_pieces",
 ])  # fmt: skip
 def _gather(
-    parts, divisor, gradient, pixels, classes, height, width, class_blocks, row_slots, column_slots,
+    parts, factor, gradient, pixels, classes, height, width, class_blocks, row_slots, column_slots,
     rows_first_cell, rows_pieces, columns_first_cell, columns_pieces,
     gradient_n, gradient_c, gradient_h, gradient_w,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -257,8 +258,8 @@ def _gather(
                     part = parts + ((row_part + column_cell * columns_pieces + column_piece) * 4 + 2 * above + before) * classes
                     mask = (inside & (row_cell >= 0) & (column_cell >= 0))[:, None] & (index < classes)[None, :]
                     total += tl.load(part[:, None] + index[None, :], mask=mask, other=0.0)
-    if divisor is not None:
-        total = total / tl.load(divisor)
+    if factor is not None:
+        total *= tl.load(factor)
     at = gradient + image * gradient_n + row.to(tl.int64) * gradient_h + column.to(tl.int64) * gradient_w
     tl.store(
         at[:, None] + index.to(tl.int64)[None, :] * gradient_c, total, mask=inside[:, None] & (index < classes)[None, :]
@@ -296,7 +297,7 @@ def plan(
 
     parts = new(batch, tiles.rows.slots, tiles.columns.slots, 4, classes) if with_gradient else None
     sums, bad_labels = new(2, tiles.programs), new(tiles.programs, dtype=torch.int32)
-    total, divisor = new(), new() if mean else None
+    total, factor = new(), new() if mean else None
     losses = new(*target.shape) if per_pixel else None
     results = Results(
         total if losses is None else losses,
@@ -314,23 +315,23 @@ def plan(
     }  # fmt: skip
     launches = [Launch(_loss, (tiles.programs,), arguments, {"SMOOTH": label_smoothing > 0, **tiles.constants()}, 1, 1)]
     finish = {
-        "sums": sums, "bad_labels": bad_labels, "loss": total, "divisor": divisor, "valid": results.valid,
+        "sums": sums, "bad_labels": bad_labels, "loss": total, "factor": factor, "valid": results.valid,
         "programs": tiles.programs,
     }  # fmt: skip
     launches.append(Launch(_finish, (1,), finish, {"MEAN": mean, "BLOCK": 4096}, 16))
     if parts is not None:
-        launches.append(_plan_gather(parts, divisor, results.gradient, tiles))
+        launches.append(_plan_gather(parts, factor, results.gradient, tiles))
     return results, launches
 
 
-def _plan_gather(parts: Tensor, divisor: Tensor | None, gradient: Tensor, tiles: UpsampleTiles) -> Launch:
+def _plan_gather(parts: Tensor, factor: Tensor | None, gradient: Tensor, tiles: UpsampleTiles) -> Launch:
     batch, classes, height, width = gradient.shape
     pixels = batch * height * width
     block_c = power_of_two(classes, 1, 64)
     block_p = 1024 // block_c
     class_blocks = -(-classes // block_c)
     arguments = {
-        "parts": parts, "divisor": divisor, "gradient": gradient,
+        "parts": parts, "factor": factor, "gradient": gradient,
         "pixels": pixels, "classes": classes, "height": height, "width": width, "class_blocks": class_blocks,
         "row_slots": tiles.rows.slots, "column_slots": tiles.columns.slots,
         **{name: value for name, value in tiles.arguments().items() if name.endswith(("first_cell", "pieces"))},

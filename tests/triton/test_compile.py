@@ -58,12 +58,12 @@ def test_dense_kernels_multiply_with_matrix_instructions(table: dict[str, Any]) 
     on_matrix_units = [row for row in dense if row["dtype"] != "float32" or row["tf32"]]
     assert len(on_matrix_units) > 20
     for row in on_matrix_units:
-        # wgmma works on 64 rows at a time; smaller tiles (few channels per group) use mma on sm_90 too.
-        wide = row["target"] == "sm_90" and row["blocks"][0] >= 64
-        assert row["wgmma" if wide else "mma"] > 0, row
+        # wgmma and tcgen05 work on 64 rows at a time; smaller tiles (few channels per group) use mma everywhere.
+        newest = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}[row["target"]]
+        assert row[newest if row["blocks"][0] >= 64 else "mma"] > 0, row
     for row in dense:
         if row["dtype"] == "float32" and not row["tf32"]:
-            assert row["mma"] == row["wgmma"] == 0, row  # a matrix instruction would round to TF32
+            assert row["mma"] == row["wgmma"] == row["tcgen05"] == 0, row  # a matrix instruction would round to TF32
 
 
 def test_channels_last_tiles_are_copied_asynchronously(table: dict[str, Any]) -> None:
