@@ -18,17 +18,22 @@ from torch import Tensor
 from atrous_kernels import dispatch, native
 from atrous_kernels.dispatch import Implementation
 from atrous_kernels.ops import conv2d as conv
+from atrous_kernels.ops.conv2d_statistics import conv2d_statistics
 from atrous_kernels.ops.conv_bn_act import BOUNDS, NATIVE_DTYPES, conv_bn_act, conv_bn_act_kernel
 from atrous_kernels.problem import ConvProblem
 from atrous_kernels.reference import conv_bn_relu as reference
+from atrous_kernels.triton import conv_bn_relu as triton
+from atrous_kernels.triton import runtime
 
 Passes = Callable[..., Any]
 Merge = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, int]]
+#: Mean and moment, where the convolution has taken them already.
+Known = tuple[Tensor, Tensor] | None
 
 _library = torch.library.Library("atrous", "FRAGMENT")
 _library.define(
-    "batch_norm_act_train(Tensor input, Tensor? weight, Tensor? bias, float eps, str activation, str backend) "
-    "-> (Tensor output, Tensor mean, Tensor moment)"
+    "batch_norm_act_train(Tensor input, Tensor? weight, Tensor? bias, float eps, str activation, str backend, "
+    "Tensor? mean=None, Tensor? moment=None) -> (Tensor output, Tensor mean, Tensor moment)"
 )
 _library.define(
     "batch_norm_act_train_backward(Tensor grad, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor moment, "
@@ -74,6 +79,12 @@ def _cpu_can_run(problem: ConvBnReluProblem) -> str | None:
     return native.cpu_missing()
 
 
+def _triton_can_run(problem: ConvBnReluProblem) -> str | None:
+    if problem.conv is not None:
+        return runtime.can_run(problem.conv)
+    return runtime.unavailable(problem.device_type, problem.dtype)
+
+
 def _torch_can_run(problem: ConvBnReluProblem) -> str | None:
     return "the framework's batch_norm knows no process group" if problem.synchronised else None
 
@@ -93,6 +104,10 @@ def _native_pass(name: str, *args: Any) -> Any:
     return getattr(torch.ops.atrous_native, name)(*args)
 
 
+def _triton_pass(name: str, *args: Any) -> Any:
+    return getattr(triton, name)(*args)
+
+
 def _reference_pass(name: str, *args: Any) -> Any:
     return getattr(reference, name)(*args)
 
@@ -105,11 +120,12 @@ dispatch.register(
     "conv_bn_relu",
     [
         Implementation("cpu", _native_pass, _cpu_can_run, _never),
+        Implementation("triton", _triton_pass, _triton_can_run, conv.gpu_unmeasured),
         Implementation("torch", _framework_pass, _torch_can_run, _never),
         Implementation("reference", _reference_pass, _never, _last_resort),
     ],
 )
-_PASSES: dict[str, Passes] = {"cpu": _native_pass, "reference": _reference_pass}
+_PASSES: dict[str, Passes] = {"cpu": _native_pass, "triton": _triton_pass, "reference": _reference_pass}
 
 
 def choose(backend: str, dtype: torch.dtype, device_type: str, training: bool, synchronised: bool, activation: str) -> str:
@@ -151,10 +167,17 @@ def _parameters(mean: Tensor, moment: Tensor, count: int, weight: Tensor | None,
 
 
 def train_pass(
-    run: Passes, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, activation: str, merge: Merge = _alone
+    run: Passes,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str,
+    merge: Merge = _alone,
+    known: Known = None,
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Output, mean, moment (sum of squared distances from the mean) and the number of elements behind them."""
-    mean, moment = run("batch_norm_statistics", input)
+    mean, moment = run("batch_norm_statistics", input) if known is None else known
     mean, moment, count = merge(mean, moment, count_of(input))
     _, scale, shift = _parameters(mean, moment, count, weight, bias, eps)
     output = run("batch_norm_act", input, mean, scale, shift, *BOUNDS[activation])
@@ -196,9 +219,18 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def _train(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, activation: str, backend: str
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str,
+    backend: str,
+    mean: Tensor | None = None,
+    moment: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return train_pass(_PASSES[backend], _dense(input), weight, bias, eps, activation)[:3]
+    # An op may not give back what it was given.
+    known = None if mean is None or moment is None else (mean.clone(), moment.clone())
+    return train_pass(_PASSES[backend], _dense(input), weight, bias, eps, activation, known=known)[:3]
 
 
 def _train_backward(
@@ -234,7 +266,7 @@ def _empty_sums(input: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("atrous::batch_norm_act_train", lib=_library)
-def _train_fake(input, weight, bias, eps, activation, backend):
+def _train_fake(input, weight, bias, eps, activation, backend, mean=None, moment=None):
     return torch.empty_like(input, memory_format=_layout(input)), _empty_sums(input), _empty_sums(input)
 
 
@@ -249,7 +281,7 @@ def _apply_fake(input, mean, scale, shift, activation, backend):
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    input, weight, bias, *ctx.rest = inputs
+    input, weight, bias, *ctx.rest = inputs[:6]
     ctx.save_for_backward(input, weight, bias, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
@@ -267,7 +299,8 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
         d_input, d_weight, d_bias = torch.ops.atrous.batch_norm_act_train_backward.default(
             grad, input, weight, bias, mean, moment, eps, activation, backend
         )
-    return d_input, _of_parameter(d_weight, weight), _of_parameter(d_bias, bias), None, None, None
+    # The given statistics are those of the input, so the input's gradient holds their share.
+    return d_input, _of_parameter(d_weight, weight), _of_parameter(d_bias, bias), *(None,) * 5
 
 
 torch.library.register_autograd("atrous::batch_norm_act_train", _backward, setup_context=_save, lib=_library)
@@ -344,18 +377,26 @@ def merge_statistics(means: Tensor, moments: Tensor, counts: Tensor) -> tuple[Te
 
 
 def train(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, activation: str, backend: str, group: Any
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str,
+    backend: str,
+    group: Any,
+    known: Known = None,
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Normalised and activated output; mean, moment and count of the batch (of the group, where one is given)."""
     if group is not None:
         return _SynchronisedTrain.apply(input, weight, bias, eps, activation, backend, group)
-    return (*batch_norm_act_train(input, weight, bias, eps, activation, backend), count_of(input))
+    return (*batch_norm_act_train(input, weight, bias, eps, activation, backend, *(known or ())), count_of(input))
 
 
 # The whole ------------------------------------------------------------------------------------------------------------
 
 
-def _chosen(input: Tensor, training: bool, group: Any, activation: str, backend: str) -> str:
+def chosen(input: Tensor, training: bool, group: Any, activation: str, backend: str) -> str:
+    """The name of the implementation for such an input, in the dtype of an autocast region."""
     device = input.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
     return choose(backend, dtype, device, training, training and group is not None, activation)
@@ -363,10 +404,11 @@ def _chosen(input: Tensor, training: bool, group: Any, activation: str, backend:
 
 def inner_backend(input: Tensor, training: bool, group: Any, backend: str) -> str:
     """What the convolution beside the normalisation is asked for."""
-    return backend if backend == dispatch.AUTO else _chosen(input, training, group, "relu", backend)
+    return backend if backend == dispatch.AUTO else chosen(input, training, group, "relu", backend)
 
 
-def _gradients_wanted(*leaves: Tensor | None) -> bool:
+def gradients_wanted(*leaves: Tensor | None) -> bool:
+    """Whether a graph is being recorded that one of the tensors is a part of."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
 
 
@@ -384,8 +426,8 @@ class Normalisation(NamedTuple):
         are wanted, which are then those of the convolution alone, any number of times."""
         bn_weight, bn_bias, mean, var = self.norm
         leaves = (input, weight, bn_weight, bn_bias)
-        wanted = _gradients_wanted(*leaves)
-        passes = _chosen(input, self.training, self.process_group, "relu", backend) != "torch"
+        wanted = gradients_wanted(*leaves)
+        passes = chosen(input, self.training, self.process_group, "relu", backend) != "torch"
         if self.training or (passes and not wanted):
             return weight, None
         assert mean is not None
@@ -397,10 +439,10 @@ class Normalisation(NamedTuple):
         shift = shift if bn_bias is None else shift + bn_bias
         return (weight.to(wide) * scale[:, None, None, None]).to(weight.dtype), shift.to(weight.dtype)
 
-    def apply(self, out: Tensor, *, folded: bool, activation: str, backend: str) -> Tensor:
+    def apply(self, out: Tensor, *, folded: bool, activation: str, backend: str, known: Known = None) -> Tensor:
         """Normalised (unless folded) and activated; ``out`` is overwritten where nobody needs it."""
         bn_weight, bn_bias, mean, var = self.norm
-        name = _chosen(out, self.training, self.process_group, activation, backend)
+        name = chosen(out, self.training, self.process_group, activation, backend)
         if folded:
             # Some convolutions (the reference, empty ones) give a view, which autograd lets nobody overwrite.
             return activate(out, activation, inplace=not (torch.compiler.is_compiling() or out._is_view()))
@@ -416,7 +458,7 @@ class Normalisation(NamedTuple):
         if name == "torch":
             out = torch.nn.functional.batch_norm(out, mean, var, bn_weight, bn_bias, True, self.momentum, self.eps)
             return activate(out, activation, inplace=True)
-        out, batch_mean, moment, count = train(out, bn_weight, bn_bias, self.eps, activation, name, self.process_group)
+        out, batch_mean, moment, count = train(out, bn_weight, bn_bias, self.eps, activation, name, self.process_group, known)
         if mean is not None and var is not None and count > 0:
             update_running(mean, var, batch_mean, moment, count, self.momentum)
         return out
@@ -438,10 +480,7 @@ def conv_bn_relu(
 ) -> Tensor:
     """``norm``: bn_weight, bn_bias, running_mean, running_var. Checked arguments; see :mod:`atrous_kernels.functional`."""
     if not training and _finishes_sums(input, weight, norm, residual, backend):
-        operands = [input, weight, residual]
-        if torch.is_autocast_enabled("cpu") and input.dtype is not torch.float64:
-            operands = [None if t is None else t.to(torch.get_autocast_dtype("cpu")) for t in operands]
-        input, weight, residual = operands  # type: ignore[assignment]
+        input, weight, residual = autocast(input, weight, residual)
         run: Any = conv_bn_act_kernel if conv.unobserved(input, weight, residual, *norm) else conv_bn_act
         return run(input, weight, *norm, residual, eps, activation, *geometry, backend)
     if residual is not None:
@@ -451,6 +490,10 @@ def conv_bn_relu(
         )  # fmt: skip
         return activate(out + residual, activation, inplace=not torch.compiler.is_compiling())
     following = Normalisation(norm, training, momentum, eps, process_group)
+    if training and process_group is None and chosen(input, True, None, activation, backend) == "triton":
+        input, weight = autocast(input, weight)
+        out, *known = conv2d_statistics(input, weight, *geometry, "triton")
+        return following.apply(out, folded=False, activation=activation, backend=backend, known=known)
     weight, bias = following.fold(input, weight, backend)
     inner = inner_backend(input, training, process_group, backend)
     out = conv.conv2d(input, weight, bias, *geometry, inner)
@@ -459,11 +502,20 @@ def conv_bn_relu(
 
 def _finishes_sums(input: Tensor, weight: Tensor, norm: Sequence[Tensor | None], residual: Tensor | None, backend: str) -> bool:
     """Whether the convolution may normalise its own sums: nobody wants gradients and nobody asked for other kernels."""
-    if input.device.type != "cpu" or _gradients_wanted(input, weight, residual, *norm[:2]):
+    if gradients_wanted(input, weight, residual, *norm[:2]):
         return False
-    if backend == dispatch.AUTO and dispatch.default_backend() not in (dispatch.AUTO, "cpu", "winograd"):
+    name = chosen(input, False, None, "relu", backend)
+    if backend == dispatch.AUTO and dispatch.default_backend() not in (dispatch.AUTO, "cpu", "winograd", "triton"):
         return False
-    return backend in (dispatch.AUTO, "cpu") and _chosen(input, False, None, "relu", backend) == "cpu"
+    return name in ("cpu", "triton")
+
+
+def autocast(*tensors: Any) -> Any:
+    """The tensors as an autocast region wants a convolution's, which the ops called with them do not do themselves."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device) or tensors[0].dtype is torch.float64:
+        return tensors
+    return [None if tensor is None else tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
 
 
 def activate(tensor: Tensor, activation: str, inplace: bool) -> Tensor:

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from atrous_kernels import dispatch, native
 from atrous_kernels.dispatch import Implementation
-from atrous_kernels.ops.conv2d import is_channels_last
+from atrous_kernels.ops.conv2d import gpu_unmeasured, is_channels_last
 from atrous_kernels.reference import pyramid_pool as reference
+from atrous_kernels.triton import pyramid_pool as triton
+from atrous_kernels.triton import runtime
 
 _library = torch.library.Library("atrous", "FRAGMENT")
 _library.define("pyramid_pool(Tensor input, SymInt[] bins, bool maximum, str backend) -> (Tensor, Tensor)")
@@ -190,14 +192,22 @@ def _framework_input(
     return total
 
 
+def _has_large_planes(problem: PyramidProblem) -> str | None:
+    if problem.size[2] * problem.size[3] < 2**31:
+        return None
+    return f"its indices have 32 bits: a plane of {problem.size[2]}x{problem.size[3]} has too many pixels"
+
+
 def _cpu_can_run(problem: PyramidProblem) -> str | None:
     if problem.device_type != "cpu":
         return f"runs on the CPU, not on {problem.device_type}"
     if problem.dtype not in (torch.float32, torch.float64, torch.bfloat16):
         return f"{problem.dtype} is not one of torch.float32, torch.float64, torch.bfloat16"
-    if problem.size[2] * problem.size[3] >= 2**31:
-        return f"its indices have 32 bits: a plane of {problem.size[2]}x{problem.size[3]} has too many pixels"
-    return native.cpu_missing()
+    return _has_large_planes(problem) or native.cpu_missing()
+
+
+def _triton_can_run(problem: PyramidProblem) -> str | None:
+    return _has_large_planes(problem) or runtime.unavailable(problem.device_type, problem.dtype)
 
 
 def _always(problem: PyramidProblem) -> None:
@@ -217,6 +227,7 @@ for _name, _framework_run in (("pyramid_pool", _framework), ("pyramid_pool_input
         _name,
         [
             Implementation("cpu", _native, _cpu_can_run, _always),
+            Implementation("triton", getattr(triton, _name), _triton_can_run, gpu_unmeasured),
             Implementation("torch", _framework_run, _always, _always),
             Implementation("reference", getattr(reference, _name), _always, _last_resort),
         ],
