@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from atrous_kernels.triton import conv_bn_act, conv_bn_relu, pyramid_pool, report
+from atrous_kernels.triton import aspp, conv_bn_act, conv_bn_relu, pyramid_pool, report
+from atrous_kernels.triton.epilogue import Epilogue
 from atrous_kernels.triton.runtime import Launch
 
 if importlib.util.find_spec("triton") is None:
@@ -78,7 +79,21 @@ def _pyramid(maximum: bool) -> Callable[[torch.dtype, bool], list[Launch]]:
     return plan
 
 
+def _aspp(training: bool) -> Callable[[torch.dtype, bool], list[Launch]]:
+    def plan(dtype: torch.dtype, channels_last: bool) -> list[Launch]:
+        x = _tensor(dtype, channels_last, 16, 2048, 33, 33)
+        weights = [_tensor(dtype, channels_last, 256, 2048, kernel, kernel) for kernel in (1, 3, 3, 3)]
+        mean, moment, gain, bias = _vectors(4, 4 * 256)
+        finished = Epilogue(bias, mean, moment, gain, 1e-5, low=0.0)
+        epilogue = Epilogue(statistics=(mean, moment)) if training else finished
+        return aspp.plan_aspp_branches(x, weights, [(1, 1), (6, 6), (12, 12), (18, 18)], epilogue)[1]
+
+    return plan
+
+
 CASES = (
+    Case("ASPP in one launch", _aspp(training=False)),
+    Case("ASPP in one launch, with statistics", _aspp(training=True)),
     Case("conv-bn-act", _convolution(DENSE, training=False)),
     Case("conv-bn-act, residual", _convolution(DENSE, training=False, residual=True)),
     Case("conv with statistics", _convolution(DENSE, training=True)),
@@ -110,3 +125,5 @@ def test_fits_without_spills(case: Case, dtype: torch.dtype, channels_last: bool
         kernel, _ = compiled(launch, capability)
         if "PRECISION" in launch.constants and dtype is torch.bfloat16:
             assert re.search(MATRIX_INSTRUCTION[capability], kernel.asm["ptx"]), (case.name, launch.constants)
+            if channels_last:  # 16-byte copies, so the alignment of weights found in a table is known
+                assert re.search(r"\bcp\.async\.c[ag]\.", kernel.asm["ptx"]), (case.name, launch.constants)
