@@ -176,7 +176,8 @@ def _fits_one_launch(input: Tensor, branches: Sequence[ConvBN], projection: Conv
         == (first.training, first.eps, first.bn_weight is None, first.bn_bias is None)
         for b in (*branches, projection._replace(eps=first.eps, bn_weight=first.bn_weight, bn_bias=first.bn_bias))
     )
-    if not alike or group is not None:
+    too_large = input.shape[0] * input.shape[2] * input.shape[3] > runtime.MAX_PIXELS  # the composition says so
+    if not alike or too_large or group is not None:
         return False
     leaves = [t for b in (*branches, projection) for t in b[:3]]
     # Constant statistics with gradients are folded into the weights, branch by branch.

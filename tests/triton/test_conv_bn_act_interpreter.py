@@ -64,8 +64,8 @@ def test_sums_are_finished(interpret: Interpret, name: str, dtype: torch.dtype, 
         result = interpret(interpreted.call, "conv_bn_act", "conv_bn_act", *arguments)
         assert result.dtype is dtype
         torch.testing.assert_close(result.double(), _truth(*arguments), **TOLERANCE[dtype])
-        again = interpret(interpreted.call, "conv_bn_act", "conv_bn_act", *arguments)
-        assert torch.equal(result, again), "the same inputs, other bits"
+    again = interpret(interpreted.call, "conv_bn_act", "conv_bn_act", *arguments)
+    assert torch.equal(result, again), "the same inputs, other bits"
 
 
 @pytest.mark.parametrize("name", ["dense", "depthwise"])

