@@ -147,7 +147,8 @@ def aspp(
         )
 
     norm = fused.Normalisation(projection[1:5], projection.training, projection.momentum, projection.eps, process_group)
-    if _fits_one_launch(input, branches, projection, process_group, backend):
+    others = (projection,) if pooling is None else (projection, pooling)
+    if process_group is None and _fits_one_launch(input, branches, others, backend):
         pooled = None if pooling is None else layer(input.mean((2, 3), keepdim=True), pooling)
         return _together(input, branches, projection, pooled, norm)
     weight, bias = norm.fold(input, projection.weight, backend)
@@ -168,18 +169,18 @@ def aspp(
 _POINTWISE = (1, 1), (0, 0), (1, 1), 1
 
 
-def _fits_one_launch(input: Tensor, branches: Sequence[ConvBN], projection: ConvBN, group: Any, backend: str) -> bool:
-    """Whether Triton's kernel for all branches was asked for, and their normalisations are alike."""
+def _fits_one_launch(input: Tensor, branches: Sequence[ConvBN], others: Sequence[ConvBN], backend: str) -> bool:
+    """Whether Triton's kernel for all branches was asked for, and their normalisations are alike.
+
+    ``others``, the projection and image pooling, have to be in the same mode.
+    """
     first = branches[0]
-    alike = len(branches) <= MOST_BRANCHES and all(
-        (b.training, b.eps, b.bn_weight is None, b.bn_bias is None)
-        == (first.training, first.eps, first.bn_weight is None, first.bn_bias is None)
-        for b in (*branches, projection._replace(eps=first.eps, bn_weight=first.bn_weight, bn_bias=first.bn_bias))
-    )
+    kinds = {(b.eps, b.bn_weight is None, b.bn_bias is None) for b in branches}
+    modes = {b.training for b in (*branches, *others)}
     too_large = input.shape[0] * input.shape[2] * input.shape[3] > runtime.MAX_PIXELS  # the composition says so
-    if not alike or too_large or group is not None:
+    if len(branches) > MOST_BRANCHES or len(kinds) > 1 or len(modes) > 1 or too_large:
         return False
-    leaves = [t for b in (*branches, projection) for t in b[:3]]
+    leaves = [t for b in (*branches, *others) for t in b[:3]]
     # Constant statistics with gradients are folded into the weights, branch by branch.
     if not first.training and fused.gradients_wanted(input, *leaves):
         return False
