@@ -90,15 +90,16 @@ def _shares(grad: Tensor, weights: Sequence[Tensor], dilations: Ints) -> Iterato
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     input, *weights = ctx.saved_tensors
-    needs_input, needs_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1])
-    grad_input, grad_weights = None, []
-    for weight, mine, geometry in _shares(grad, weights, ctx.dilations):
+    needs_input, needs_weights, _ = ctx.needs_input_grad
+    grad_input: Tensor | None = None
+    grad_weights: list[Tensor | None] = []
+    for needs_weight, (weight, mine, geometry) in zip(needs_weights, _shares(grad, weights, ctx.dilations), strict=True):
         if needs_input:
             share = conv.conv2d_input(input.shape, weight, mine, *geometry)
             grad_input = share if grad_input is None else grad_input + share
-        if needs_weights:
-            grad_weights.append(conv.conv2d_weight(input, weight.shape, mine, *geometry))
-    return grad_input, grad_weights if needs_weights else None, None
+        grad_weight = conv.conv2d_weight(input, weight.shape, mine, *geometry) if needs_weight else None
+        grad_weights.append(grad_weight)
+    return grad_input, grad_weights, None
 
 
 torch.library.register_autograd("atrous::aspp_branches", _backward, setup_context=_save, lib=_library)
