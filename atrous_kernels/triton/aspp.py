@@ -48,8 +48,8 @@ def _branches(
 ):  # fmt: skip
     """One [BLOCK_M pixels, BLOCK_N channels] tile of one branch; the grid is (tiles x column blocks).
 
-    ``weight_read`` is None where the branches' strides between channels differ. ALIGNED: rows of weights begin at multiples
-    of 16 elements.
+    ``weight_read`` is None where the branches' strides between channels differ. ALIGNED: branches' channels and rows of
+    weights begin at multiples of 16 elements.
     """
     tile = tl.program_id(0) // column_blocks
     entry, image, row, col, inside = tile_pixels(table, tile, rectangles, batch, RECTANGLES, BLOCK_M)
@@ -73,6 +73,8 @@ def _branches(
     if weight_read is None:
         weight_read = tl.load(entry + 20 * rectangles)
     if ALIGNED:
+        first_channel = tl.multiple_of(first_channel, 16)
+        channels_written = tl.multiple_of(channels_written, 16)
         weight_written = tl.multiple_of(weight_written, 16)
         weight_h = tl.multiple_of(weight_h, 16)
         weight_w = tl.multiple_of(weight_w, 16)
@@ -137,7 +139,7 @@ def plan_aspp_branches(
     table, tiles, most_tiles = branch_table(tuple(rows), batch, block_m, target.device)
     column_blocks = -(-max(widths) // block_n)
     reads = {weight.stride(1) for weight in weights}
-    aligned = all(stride % 16 == 0 for weight in weights for stride in (weight.stride(0), *weight.stride()[2:]))
+    aligned = all(n % 16 == 0 for weight in weights for n in (weight.shape[0], weight.stride(0), *weight.stride()[2:]))
     parts, merging = None, []
     if epilogue.statistics is not None:
         # A branch with fewer tiles than another leaves parts unwritten: they count no pixel.

@@ -165,6 +165,9 @@ def _correlation(
     block_m, block_n, block_k, num_warps, num_stages = tile_config((source, weight), pixels, written, read)
     if epilogue.is_heavy:
         num_warps = 8 if block_m * block_n >= 64 * 64 else num_warps
+    if epilogue.residual is not None:
+        # On sm_100 a thread has a row of sums, so the scale, the shift and the residual of every column beside it.
+        block_n = min(block_n, 64)
     table, tiles = rectangle_table(axes, gradient, batch, block_m, target.device)
     column_blocks = -(-written // block_n)
     parts, merging = epilogue.parts(tiles, target.shape[1])
