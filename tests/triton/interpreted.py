@@ -200,7 +200,8 @@ def aspp_module(
     x = torch.randn(2, 5, 7, 9).to(dtype).requires_grad_(gradients)
     grad = torch.randn(2, 6, 7, 9).to(dtype)
     kernels: list[str] = []
-    modules = [importlib.import_module(f"atrous_kernels.triton.{name}") for name in ("aspp", "conv2d", "conv_bn_act")]
+    names = ("aspp", "conv2d", "conv_bn_act", "conv_bn_relu")
+    modules = [importlib.import_module(f"atrous_kernels.triton.{name}") for name in names]
 
     def run(launches: list[Any], device: torch.device) -> None:
         kernels.extend(launch.kernel.name for launch in launches)

@@ -20,7 +20,7 @@ PROBLEMS = {
     "several tiles": ConvProblem(3, 3, 70, (13, 11), (3, 3), padding=(4, 4), dilation=(4, 4)),
     "strided groups": ConvProblem(2, 6, 9, (7, 6), (3, 2), stride=(2, 1), padding=(2, 1), dilation=(2, 1), groups=3),
     "depthwise": ConvProblem(2, 6, 6, (9, 8), (3, 3), padding=(3, 3), dilation=(3, 3), groups=6),
-    "channel multiplier": ConvProblem(1, 3, 9, (7, 8), (2, 3), padding=(2, 2), groups=3),
+    "channel multiplier": ConvProblem(1, 3, 9, (4, 5), (2, 3), padding=(1, 2), groups=3),
     "no valid tap": ConvProblem(1, 3, 4, (3, 3), (2, 2), stride=(4, 4), padding=(6, 6), dilation=(9, 9)),
     "empty batch": ConvProblem(0, 3, 4, (5, 5), (3, 3)),
 }  # fmt: skip
@@ -59,13 +59,16 @@ def test_sums_are_finished(interpret: Interpret, name: str, dtype: torch.dtype, 
     problem = PROBLEMS[name]
     x, weight, norm = tensors_of(problem, dtype, layout)
     residual = torch.randn(problem.batch, problem.out_channels, *problem.out_size).to(dtype)
-    for activation, add in (("none", None), ("relu", residual.contiguous(memory_format=layout)), ("relu6", residual)):
+    epilogues = [("none", None), ("relu", residual.contiguous(memory_format=layout)), ("relu6", residual)]
+    # The other dtypes differ in loads and in the rounding of the result only.
+    for activation, add in epilogues if dtype is torch.float32 else epilogues[-1:]:
         arguments = (x, weight, norm, add, 1e-3, *BOUNDS[activation], *_geometry(problem))
         result = interpret(interpreted.call, "conv_bn_act", "conv_bn_act", *arguments)
         assert result.dtype is dtype
         torch.testing.assert_close(result.double(), _truth(*arguments), **TOLERANCE[dtype])
-    again = interpret(interpreted.call, "conv_bn_act", "conv_bn_act", *arguments)
-    assert torch.equal(result, again), "the same inputs, other bits"
+    if dtype is torch.float32:
+        again = interpret(interpreted.call, "conv_bn_act", "conv_bn_act", *arguments)
+        assert torch.equal(result, again), "the same inputs, other bits"
 
 
 @pytest.mark.parametrize("name", ["dense", "depthwise"])
