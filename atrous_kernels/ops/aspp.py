@@ -19,7 +19,8 @@ from atrous_kernels.dispatch import Implementation
 from atrous_kernels.ops import conv2d as conv
 from atrous_kernels.ops import conv_bn_relu as fused
 from atrous_kernels.ops.aspp_branches import aspp_branches, aspp_branches_act
-from atrous_kernels.ops.conv_bn_act import conv_bn_act
+from atrous_kernels.ops.batch_norm_act import train
+from atrous_kernels.ops.conv_bn_act import NATIVE_DTYPES, conv_bn_act
 from atrous_kernels.problem import ConvProblem
 from atrous_kernels.reference.conv_bn_relu import sum_type
 from atrous_kernels.triton import runtime
@@ -90,8 +91,8 @@ class AsppProblem:
 def _cpu_can_run(problem: AsppProblem) -> str | None:
     if problem.device_type != "cpu":
         return f"runs on the CPU, not on {problem.device_type}"
-    if problem.dtype not in fused.NATIVE_DTYPES:
-        return f"{problem.dtype} is not one of {', '.join(map(str, fused.NATIVE_DTYPES))}"
+    if problem.dtype not in NATIVE_DTYPES:
+        return f"{problem.dtype} is not one of {', '.join(map(str, NATIVE_DTYPES))}"
     return native.cpu_missing()
 
 
@@ -200,7 +201,7 @@ def _together(
     share = None if pooled is None else conv.conv2d(pooled, of_pooled, None, *_POINTWISE, "triton")
     if training:
         maps, mean, moment = aspp_branches(input, weights, dilations)
-        maps, mean, moment, count = fused.train(maps, gain, bias, eps, "relu", "triton", None, (mean, moment))
+        maps, mean, moment, count = train(maps, gain, bias, eps, "relu", "triton", None, (mean, moment))
         at = 0
         for branch in branches:
             here = slice(at, at + branch.weight.shape[0])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import atrous_kernels as ak
 from atrous_kernels import native
-from atrous_kernels.ops import conv_bn_relu as op
+from atrous_kernels.ops import batch_norm_act as op
 from tests.repeats import assert_same_bits_for_threads, built_isas, repeat_capped
 
 BACKENDS = ("auto", "cpu", "torch", "reference")

@@ -147,7 +147,7 @@ def second_derivatives(backend: str) -> list[float]:
 
 def opcheck_statistics() -> None:
     """``torch.library.opcheck`` of the ops that take and use the statistics of a convolution."""
-    from atrous_kernels.ops import conv2d_statistics, conv_bn_relu
+    from atrous_kernels.ops import batch_norm_act, conv2d_statistics
 
     _kernels()
     geometry = ((1, 1), (1, 1), (1, 1), 1)
@@ -159,7 +159,7 @@ def opcheck_statistics() -> None:
         z, mean, moment = (t.detach() for t in conv2d_statistics.conv2d_statistics(x, weight, *geometry, "triton"))
         gain = torch.randn(4, requires_grad=True)
         arguments = (z.requires_grad_(), gain, None, 1e-5, "relu", "triton", mean, moment)
-        torch.library.opcheck(conv_bn_relu.batch_norm_act_train, arguments)
+        torch.library.opcheck(batch_norm_act.batch_norm_act_train, arguments)
 
 
 def opcheck_pyramid() -> None:
