@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atrous_kernels import dispatch
+from atrous_kernels.lattice_arguments import describe_filter, describe_lattice, describe_mean_field
 from atrous_kernels.ops import aspp as _aspp_op
 from atrous_kernels.ops import conv2d as _conv2d_op
 from atrous_kernels.ops import conv_bn_relu as _conv_bn_relu_op
@@ -367,4 +368,7 @@ DESCRIBE: dict[str, Callable[..., dispatch.Problem]] = {
     "upsample_concat": describe_concat,
     "conv_bn_relu": describe_conv_bn_relu,
     "aspp": describe_aspp,
+    "permutohedral_lattice": describe_lattice,
+    "permutohedral_filter": describe_filter,
+    "mean_field": describe_mean_field,
 }

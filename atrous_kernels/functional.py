@@ -25,15 +25,27 @@ from atrous_kernels.arguments import (
     resolve_padding,
     rows_and_columns,
 )
+from atrous_kernels.lattice_arguments import (
+    channels_second,
+    check_features,
+    check_mean_field,
+    check_values,
+    computed_in,
+    points_first,
+)
 from atrous_kernels.ops import aspp as _aspp_op
 from atrous_kernels.ops import conv2d as _conv2d_op
 from atrous_kernels.ops import conv_bn_relu as _conv_bn_relu_op
+from atrous_kernels.ops import mean_field as _mean_field_op
+from atrous_kernels.ops import permutohedral_filter as _permutohedral_filter_op
+from atrous_kernels.ops import permutohedral_lattice as _permutohedral_lattice_op
 from atrous_kernels.ops import psp_conv as _psp_conv_op
 from atrous_kernels.ops import pyramid_pool as _pyramid_pool_op
 from atrous_kernels.ops import upsample_argmax as _upsample_argmax_op
 from atrous_kernels.ops import upsample_concat as _upsample_concat_op
 from atrous_kernels.ops import upsample_cross_entropy as _upsample_cross_entropy_op
 from atrous_kernels.ops.aspp import ConvBN
+from atrous_kernels.ops.permutohedral_lattice import PermutohedralLattice
 from atrous_kernels.problem import out_extent
 
 
@@ -129,7 +141,8 @@ def pyramid_pool(input: Tensor, bins: Sequence[Size] = (1, 2, 3, 6), *, mode: st
         bins: per level the rows and columns of its grid: an int for both, or a pair. Any number of levels; grids need not
             divide the map (bins then overlap) and may be finer than it.
         mode: ``"avg"`` or ``"max"`` (on a tie the gradient goes to the first pixel in reading order).
-        backend: ``"auto"``, ``"cpu"``, ``"triton"``, ``"torch"`` (the framework's own, level by level) or ``"reference"``.
+        backend: ``"auto"``, ``"cpu"``, ``"triton"``, ``"cuda"`` (16 levels at most), ``"torch"`` (the framework's own, level by
+            level) or ``"reference"``.
 
     Returns:
         Per level ``[N, C, rows, columns]``, equal to :func:`torch.nn.functional.adaptive_avg_pool2d` or
@@ -339,15 +352,16 @@ def upsample_cross_entropy(
             first in the order of image, row, column. "mean" divides by the weights of the kept ones, "none" gives 0 for the
             others.
         align_corners: as in :func:`torch.nn.functional.interpolate`.
-        backend: ``"auto"``, ``"cpu"``, ``"triton"``, ``"torch"`` (the framework's operators) or ``"reference"``.
+        backend: ``"auto"``, ``"cpu"``, ``"triton"``, ``"cuda"``, ``"torch"`` (the framework's operators) or ``"reference"``.
 
     Returns:
         A scalar, or ``[N, H, W]`` for "none"; float64 for float64 logits, else float32.
 
     Raises:
         TypeError, ValueError: wrong types, sizes or options; the message names the value and what was expected.
-        RuntimeError: a label that is neither a class nor ``ignore_index`` (from ``triton`` on a GPU as a failed assertion on the
-            device, as from the framework's own loss); a ``backend`` that cannot run.
+        RuntimeError: a label that is neither a class nor ``ignore_index``; a ``backend`` that cannot run. On a GPU nobody waits
+            for the kernels: there "triton" fails with an assertion on the device, as the framework's own loss does, and "cuda"
+            gives NaN for the loss and the gradient of such a pixel.
         NotImplementedError: a second derivative.
 
     Where a gradient will be needed, it is computed at low resolution together with the loss. Sources: upsampling the logits
@@ -385,6 +399,97 @@ def upsample_argmax(logits: Tensor, size: Size, *, align_corners: bool = False, 
     """
     check_upsampled("upsample_argmax", logits)
     return _upsample_argmax_op.upsample_argmax(logits.detach(), rows_and_columns(size), align_corners, backend)
+
+
+def permutohedral_lattice(features: Tensor, *, backend: str = "auto") -> PermutohedralLattice:
+    """Where points lie in the permutohedral lattice: made once, for any number of calls of :func:`permutohedral_filter`.
+
+    Args:
+        features: ``[N, d, *spatial]``, d from 1 to 6, floating point: the position of every point in units of the filter's
+            standard deviation, for example ``(x / 80, y / 80, r / 13, g / 13, b / 13)``. float64 gives a float64 lattice, other
+            types one in float32. Differentiable once.
+        backend: ``"auto"``, ``"cpu"`` or ``"reference"``.
+
+    Returns:
+        :class:`PermutohedralLattice`, plain tensors, the same bits for any number of threads. Images do not share vertices.
+
+    Raises:
+        TypeError, ValueError: wrong types or sizes.
+        RuntimeError: a feature that is not finite or above 65536; a ``backend`` that cannot run.
+
+    Source: Adams, Baek and Davis, "Fast High-Dimensional Filtering Using the Permutohedral Lattice", 2010.
+    """
+    check_features(features)
+    rows = features.flatten(2).transpose(1, 2).to(computed_in(features.dtype))
+    vertices, weights, *rest, _ = _permutohedral_lattice_op.permutohedral_lattice(rows.contiguous(), backend)
+    shape = (features.shape[0], *features.shape[2:], features.shape[1] + 1)
+    return PermutohedralLattice(vertices.view(shape), weights.view(shape), *rest)
+
+
+def permutohedral_filter(values: Tensor, features: Tensor | PermutohedralLattice, *, backend: str = "auto") -> Tensor:
+    """Gaussian filtering in the space of the features: about ``out[i] = sum over j of exp(-|f_i - f_j|^2 / 2) values[j]``, not
+    normalised, over the points of one image, in time linear in the points.
+
+    The lattice interpolates, blurs with a small kernel and interpolates back, so it approximates the Gaussian (docs/kernels.md
+    says how well); it is what dense CRFs are defined with in practice.
+
+    Args:
+        values: ``[N, C, *spatial]``, floating point, computed in the type of the lattice; fastest channels-last.
+        features: as in :func:`permutohedral_lattice`, or its result.
+        backend: as in :func:`permutohedral_lattice`.
+
+    Returns:
+        ``[N, C, *spatial]``, dtype of ``values``, channels last in memory.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`permutohedral_lattice`.
+
+    Differentiable twice in values (the adjoint blurs along the axes in reverse order), once in features.
+    """
+    lattice = features if isinstance(features, PermutohedralLattice) else permutohedral_lattice(features, backend=backend)
+    check_values("permutohedral_filter", values, lattice)
+    rows = points_first(values).to(lattice.weights.dtype)
+    return channels_second(_permutohedral_filter_op.permutohedral_filter(rows, *lattice.arrays(), False, backend), values)
+
+
+def mean_field(
+    unary: Tensor,
+    lattices: Sequence[PermutohedralLattice],
+    compatibilities: Sequence[Tensor],
+    iterations: int = 10,
+    *,
+    normalization: str = "symmetric",
+    backend: str = "auto",
+) -> Tensor:
+    """Mean field inference in a fully connected CRF: ``Q = softmax(-unary)``, then, ``iterations`` times,
+    ``Q = softmax(-unary - sum over m of compatibility_m K_m Q)``.
+
+    Args:
+        unary: ``[N, C, *spatial]``, floating point: energies, ``-log P``; fastest channels-last.
+        lattices: of the features of each Gaussian kernel ``K_m``; of one dtype, in which all is computed.
+        compatibilities: per kernel its weight times the compatibility of labels: ``[C, C]``, or ``[C]`` for a diagonal. Potts
+            with weight w is the diagonal of ``-w``: marginals add up to one, so it is the same as w off the diagonal.
+        normalization: of every kernel by its own response ``k = K 1``: ``"symmetric"`` (``k^-1/2 K k^-1/2``), ``"before"``
+            (``K k^-1``), ``"after"`` (``k^-1 K``) or ``"none"``.
+        backend: as in :func:`permutohedral_lattice`.
+
+    Returns:
+        The marginals Q, ``[N, C, *spatial]``, dtype of ``unary``, channels last in memory. A point's own message to itself is not
+        removed.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`permutohedral_lattice`. NotImplementedError: a gradient is asked for.
+
+    Source: Kraehenbuehl and Koltun, "Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials", 2011,
+    algorithm 1; the normalisations: the same, "Parameter Learning and Convergent Inference for Dense Random Fields", 2013.
+    """
+    check_mean_field(unary, lattices, compatibilities, iterations, normalization)
+    dtype = lattices[0].weights.dtype if lattices else computed_in(unary.dtype)
+    before, after = _mean_field_op.normalizers(lattices, normalization, backend)
+    arrays = [array for lattice in lattices for array in lattice.arrays()]
+    factors = [compatibility.to(dtype).contiguous() for compatibility in compatibilities]
+    rows = points_first(unary).to(dtype)
+    return channels_second(_mean_field_op.mean_field(rows, arrays, factors, before, after, iterations, backend), unary)
 
 
 def explain(op: str, *args: Any, backend: str = "auto", **kwargs: Any) -> dispatch.Explanation:

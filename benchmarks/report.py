@@ -109,6 +109,7 @@ OPS = {
     "pyramid_pool": "Pyramid pooling",
     "upsample_cross_entropy": "Upsampling and cross-entropy",
     "upsample_argmax": "Upsampling and argmax",
+    "dense_crf": "Dense CRF",
 }
 
 
@@ -259,11 +260,12 @@ def kernels_section() -> str:
         )
     cuda = load("cuda_resources.json")
     if cuda:
-        builds = [b for file in cuda["files"].values() for kernel in file.values() for b in kernel.values()]
+        kernels = [kernel for file in cuda["files"].values() for kernel in file.values()]
+        builds = [b for kernel in kernels for b in kernel.values()]
         spills = sum(b["spill_store_bytes"] + b["spill_load_bytes"] for b in builds)
         lines.append(
-            f"- CUDA C++ (nvcc {cuda['nvcc']}): {len(builds)} kernel builds for sm_80 and sm_90a; {spills} bytes spilled in all, "
-            f"at most {max(b['registers'] for b in builds)} registers."
+            f"- CUDA C++ (nvcc {cuda['nvcc']}): {len(builds)} kernel builds for {', '.join(kernels[0])}; {spills} bytes spilled "
+            f"in all, at most {max(b['registers'] for b in builds)} registers."
         )
     if not lines:
         return ""

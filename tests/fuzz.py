@@ -32,6 +32,7 @@ from tests.fuzzed.aspp import draw_aspp, run_aspp
 from tests.fuzzed.conv2d import draw_conv2d, draw_winograd, run_conv2d, run_winograd
 from tests.fuzzed.conv_bn_relu import draw_conv_bn_relu, run_conv_bn_relu
 from tests.fuzzed.draws import Op, Problem
+from tests.fuzzed.permutohedral import draw_permutohedral, run_permutohedral
 from tests.fuzzed.pyramid_pool import draw_pyramid, run_pyramid
 from tests.fuzzed.upsample import draw_argmax, draw_cross_entropy, run_argmax, run_cross_entropy
 from tests.fuzzed.upsample_concat import draw_concat, draw_psp_conv, run_concat, run_psp_conv
@@ -46,6 +47,7 @@ OPS = {
     "psp_conv": Op(draw_psp_conv, run_psp_conv),
     "upsample_cross_entropy": Op(draw_cross_entropy, run_cross_entropy),
     "upsample_argmax": Op(draw_argmax, run_argmax),
+    "permutohedral": Op(draw_permutohedral, run_permutohedral),
 }
 
 

@@ -339,7 +339,8 @@ def _cpu_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: A
     return torch.ops.atrous_native.conv2d_packed(input, weight, packed_weight(weight, geometry[3]), bias, *geometry)
 
 
-def _cuda_can_run(problem: ConvProblem) -> str | None:
+def cuda_can_run(problem: dispatch.Problem) -> str | None:
+    """None, or why the kernels of the CUDA library cannot run a call."""
     if problem.device_type != "cuda":
         return f"runs on CUDA devices, not on {problem.device_type}"
     if problem.dtype not in _NATIVE_DTYPES:
@@ -460,7 +461,7 @@ for _name, _framework, _framework_can_run in (
             Implementation("winograd", getattr(winograd, _name), winograd.can_run, _winograd_loses),
             Implementation("cpu", _cpu, _cpu_can_run, _cpu_loses),
             Implementation("triton", getattr(triton, _name), triton.can_run, gpu_unmeasured),
-            Implementation("cuda", _native, _cuda_can_run, gpu_unmeasured),
+            Implementation("cuda", _native, cuda_can_run, gpu_unmeasured),
             Implementation("torch", _framework, _framework_can_run, _always),
             Implementation("reference", getattr(reference, _name), _always, _last_resort),
         ],

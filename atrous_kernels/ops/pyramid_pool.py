@@ -17,7 +17,7 @@ from torch import Tensor
 
 from atrous_kernels import dispatch, native
 from atrous_kernels.dispatch import Implementation
-from atrous_kernels.ops.conv2d import gpu_unmeasured, is_channels_last
+from atrous_kernels.ops.conv2d import cuda_can_run, gpu_unmeasured, is_channels_last
 from atrous_kernels.reference import pyramid_pool as reference
 from atrous_kernels.triton import pyramid_pool as triton
 from atrous_kernels.triton import runtime
@@ -210,6 +210,12 @@ def _triton_can_run(problem: PyramidProblem) -> str | None:
     return _has_large_planes(problem) or runtime.unavailable(problem.device_type, problem.dtype)
 
 
+def _cuda_can_run(problem: PyramidProblem) -> str | None:
+    if len(problem.bins) > 32:
+        return f"its plan holds 16 levels, not {len(problem.bins) // 2}"
+    return _has_large_planes(problem) or cuda_can_run(problem)
+
+
 def _always(problem: PyramidProblem) -> None:
     return None
 
@@ -228,6 +234,7 @@ for _name, _framework_run in (("pyramid_pool", _framework), ("pyramid_pool_input
         [
             Implementation("cpu", _native, _cpu_can_run, _always),
             Implementation("triton", getattr(triton, _name), _triton_can_run, gpu_unmeasured),
+            Implementation("cuda", _native, _cuda_can_run, gpu_unmeasured),
             Implementation("torch", _framework_run, _always, _always),
             Implementation("reference", getattr(reference, _name), _always, _last_resort),
         ],

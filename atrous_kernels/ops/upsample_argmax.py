@@ -10,7 +10,7 @@ from torch import Tensor
 
 from atrous_kernels import dispatch
 from atrous_kernels.dispatch import Implementation
-from atrous_kernels.ops.conv2d import gpu_unmeasured
+from atrous_kernels.ops.conv2d import cuda_can_run, gpu_unmeasured
 from atrous_kernels.ops.upsample_cross_entropy import always, cpu_can_run, last_resort, pick
 from atrous_kernels.reference import upsample_argmax as reference
 from atrous_kernels.reference.upsample_cross_entropy import accumulator
@@ -50,6 +50,7 @@ dispatch.register(
     [
         Implementation("cpu", _native, cpu_can_run, always),
         Implementation("triton", triton.upsample_argmax, triton.can_run, gpu_unmeasured),
+        Implementation("cuda", _native, cuda_can_run, gpu_unmeasured),
         Implementation("torch", _framework, always, always),
         Implementation("reference", reference.upsample_argmax, always, last_resort),
     ],

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from atrous_kernels import dispatch, native
 from atrous_kernels.dispatch import Implementation
-from atrous_kernels.ops.conv2d import gpu_unmeasured, is_channels_last
+from atrous_kernels.ops.conv2d import cuda_can_run, gpu_unmeasured, is_channels_last
 from atrous_kernels.problem import UpsampleProblem
 from atrous_kernels.reference import upsample_cross_entropy as reference
 from atrous_kernels.triton import upsample_cross_entropy as triton
@@ -198,6 +198,7 @@ dispatch.register(
     [
         Implementation("cpu", _native, cpu_can_run, always),
         Implementation("triton", triton.upsample_cross_entropy, triton.can_run, gpu_unmeasured),
+        Implementation("cuda", _native, cuda_can_run, gpu_unmeasured),
         Implementation("torch", _framework, always, always),
         Implementation("reference", reference.upsample_cross_entropy, always, last_resort),
     ],

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "conv2d.h"
+#include "problem.h"
 #include "typed.h"
 #include "upsample_kernels.h"
 
@@ -24,8 +25,6 @@ template <class T> const UpsampleKernels<T>& upsample_kernels() {
   if constexpr (std::is_same_v<T, double>) return table<UpsampleTable>().f64;
   else return table<UpsampleTable>().f32;
 }
-
-inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 // One axis: output position o lies between left[o] and its right neighbour, with weight share[o] for the latter.
 template <class T> struct UpsampleAxis {

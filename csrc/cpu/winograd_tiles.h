@@ -19,8 +19,6 @@ constexpr int64_t max_pixels = max_tile_side * max_tile_side;
 
 inline const WinogradKernels& winograd_kernels() { return table<WinogradKernels>(); }
 
-inline int64_t round_up(int64_t size, int64_t step) { return ceil_div(size, step) * step; }
-
 // The tiles along one axis.
 struct Tiling {
   Axis axis;

@@ -5,16 +5,9 @@
 // GPU: launch shapes depend on the problem only. A failed launch throws std::runtime_error.
 #pragma once
 
-#include <cstdint>
+#include "tensor.h"
 
 namespace atrous::cuda {
-
-enum class DType : int64_t { float32 = 0, float64 = 1, float16 = 2, bfloat16 = 3 };
-
-// Elements between neighbours along the dimensions [N, C, H, W], or [O, I/groups, KH, KW] for a weight.
-struct Strides {
-  int64_t n, c, h, w;
-};
 
 struct Conv2dShape {
   int64_t batch, in_channels, in_h, in_w;
@@ -24,16 +17,6 @@ struct Conv2dShape {
   int64_t padding_h, padding_w;
   int64_t dilation_h, dilation_w;
   int64_t groups;
-};
-
-struct ConstTensor {
-  const void* data;
-  Strides strides;
-};
-
-struct MutableTensor {
-  void* data;
-  Strides strides;
 };
 
 // output = conv2d(input, weight) + bias. bias: out_channels contiguous values, or null.

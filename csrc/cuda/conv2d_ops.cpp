@@ -1,40 +1,13 @@
 // torch.ops.atrous_native.conv2d, conv2d_input and conv2d_weight on CUDA tensors, through LibTorch's stable ABI.
-//
-// This file meets the framework, the .cu files do not. Results and workspace come from the framework's allocator,
-// kernels run on the current stream of the tensors' device. Compile with USE_CUDA: it uncovers the stream function.
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <optional>
 
+#include "binding.h"
 #include "conv2d.h"
-#include "ops/conv2d_check.h"
-
-// Tests run this file and the emulated kernels on CPU tensors, under another name.
-#ifndef ATROUS_NAMESPACE
-#define ATROUS_NAMESPACE atrous_native
-#define ATROUS_DISPATCH_KEY CUDA
-#endif
 
 namespace atrous::cuda {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::accelerator::DeviceGuard;
-
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::float32;
-    case ScalarType::Double: return DType::float64;
-    case ScalarType::Half: return DType::float16;
-    case ScalarType::BFloat16: return DType::bfloat16;
-    default:
-      fail("dtype", "expected float32, float64, float16 or bfloat16, but got scalar type ",
-           static_cast<int>(tensor.scalar_type()));
-  }
-}
 
 Conv2dShape shape_of(const Conv2dArguments& a) {
   Conv2dShape s{};
@@ -46,16 +19,6 @@ Conv2dShape shape_of(const Conv2dArguments& a) {
   s.dilation_h = a.dilation[0], s.dilation_w = a.dilation[1];
   s.groups = a.groups;
   return s;
-}
-
-Strides strides(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
-ConstTensor read(const Tensor& t) { return {t.const_data_ptr(), strides(t)}; }
-MutableTensor write(const Tensor& t) { return {t.mutable_data_ptr(), strides(t)}; }
-
-void* current_stream(const Tensor& tensor) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return stream;
 }
 
 Tensor conv2d_op(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Sizes& stride,
@@ -94,8 +57,7 @@ Tensor conv2d_weight_op(const Tensor& input, const Sizes& weight_size, const Ten
   const bool depthwise = is_depthwise(shape);
   const auto workspace_bytes = depthwise ? depthwise_conv2d_weight_workspace : conv2d_weight_workspace;
   const auto run = depthwise ? depthwise_conv2d_weight : conv2d_weight;
-  const Tensor workspace =
-      torch::stable::empty(Sizes{workspace_bytes(shape, dtype)}, ScalarType::Byte, std::nullopt, input.device());
+  const Tensor workspace = empty_of(Sizes{workspace_bytes(shape, dtype)}, ScalarType::Byte, input);
   run(shape, dtype, read(input), read(grad_output), write(grad_weight), workspace.mutable_data_ptr(),
       current_stream(input));
   return grad_weight;

@@ -1,37 +1,15 @@
 // Depthwise conv2d and its gradients. Memory-bound: every thread keeps V neighbouring channels of several pixels in
 // registers, so that with channels innermost all its accesses are 16 bytes wide. V = 1 takes any layout and any number
 // of output channels per group.
+#include "lanes.h"
 #include "plan.h"
 
 namespace atrous::cuda {
 namespace {
 
-constexpr int threads = 256;
+constexpr int threads = lane_threads;
 constexpr int pixels_per_thread = 4;
 constexpr int min_blocks = 2;  // per multiprocessor; left to itself the compiler aims for more and spills registers
-
-template <typename T>
-constexpr int vector_width = 16 / sizeof(T);
-
-// How the 256 threads of a block share channels (in units of V) and pixels; both counts are powers of two.
-struct Lanes {
-  int channels, pixels;
-  bool channels_inner;
-};
-
-struct LaneIndex {
-  int channel, pixel;
-};
-
-__device__ __forceinline__ LaneIndex lane_index(const Lanes& lanes, int thread) {
-  if (lanes.channels_inner) return {thread % lanes.channels, thread / lanes.channels};
-  return {thread / lanes.pixels, thread % lanes.pixels};
-}
-
-template <typename T, int V>
-__device__ __forceinline__ Vector<T, V> load_vector(const T* data) {
-  return *reinterpret_cast<const Vector<T, V>*>(data);
-}
 
 template <typename T, int V>
 __global__ void __launch_bounds__(threads, min_blocks)
@@ -162,24 +140,6 @@ __global__ void __launch_bounds__(threads, min_blocks)
     }
     __syncthreads();  // the next piece of work overwrites the sums
   }
-}
-
-int power_of_two_at_least(int64_t value, int most) {
-  int power = 1;
-  while (power < most && power < value) power *= 2;
-  return power;
-}
-
-Lanes choose_lanes(int64_t channel_vectors, bool channels_inner) {
-  // Channels innermost: a warp should read whole lines. Otherwise neighbouring threads take neighbouring pixels.
-  const int channels = power_of_two_at_least(channel_vectors, channels_inner ? 32 : 4);
-  return {channels, threads / channels, channels_inner};
-}
-
-// Whether V neighbouring channels of every pixel can be accessed at once.
-bool takes_vectors(const void* data, const Strides& s, int64_t element, int64_t V) {
-  return s.c == 1 && s.n % V == 0 && s.h % V == 0 && s.w % V == 0 &&
-         reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(V * element) == 0;
 }
 
 template <typename T>

@@ -37,7 +37,7 @@
   static uint64_t name##_owner = 0;                                                                             \
   static size_t name##_offset = 0;                                                                              \
   type& name = *static_cast<type*>(::atrous::emulation::Machine::get().shared_array(name##_owner, name##_offset, \
-                                                                                    sizeof(type), alignof(type)))
+                                                                                    sizeof(type), alignof(type), #name))
 #define ATROUS_DYNAMIC_SHARED(type, name) \
   type* name = static_cast<type*>(::atrous::emulation::Machine::get().dynamic_shared())
 #define ATROUS_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
@@ -84,7 +84,7 @@ __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float value) {
 }
 
 // 64-bit division takes about a hundred instructions on a GPU; indices nearly always fit into 32 bits.
-__device__ __forceinline__ int64_t divide(int64_t dividend, int64_t divisor) {
+__host__ __device__ __forceinline__ int64_t divide(int64_t dividend, int64_t divisor) {
   if (((dividend | divisor) >> 32) == 0)
     return static_cast<int64_t>(static_cast<uint32_t>(dividend) / static_cast<uint32_t>(divisor));
   return dividend / divisor;

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "conv2d.h"
-#include "device.h"
+#include "launch.h"
 #include "problem.h"
 
 namespace atrous::cuda {
@@ -49,8 +49,6 @@ struct WeightPlan {
   int64_t splits;
 };
 
-constexpr int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // The rectangle a tile belongs to, and the tile's first pixel in the rectangle flattened over [batch, rows, columns].
 struct Tile {
   int h, w;
@@ -89,13 +87,6 @@ __device__ inline PixelOffsets pixel_offsets(const CorrelatePlan& plan, const Ti
   return {n * plan.dst_n + y * plan.h.dst_stride + x * plan.w.dst_stride + plan.dst_offset,
           n * plan.src_n + y * plan.h.src_stride + x * plan.w.src_stride + plan.src_offset};
 }
-
-// Blocks of one launch. Kernels step through their work by gridDim.x, so any amount of work is possible; the limit is
-// the hardware's, and tests lower it so that blocks take several pieces of work.
-#ifndef ATROUS_MAX_BLOCKS
-#define ATROUS_MAX_BLOCKS 0x7fffffff
-#endif
-inline unsigned grid_blocks(int64_t work) { return static_cast<unsigned>(std::min<int64_t>(work, ATROUS_MAX_BLOCKS)); }
 
 namespace detail {
 
@@ -240,17 +231,5 @@ inline int64_t weight_splits(int64_t blocks_per_split, int64_t pixels, int64_t s
 // [splits, kernel_h * kernel_w, out_channels, in_channels / groups].
 void sum_partials(const Conv2dShape& shape, DType dtype, const void* partials, int64_t splits,
                   MutableTensor grad_weight, void* stream);
-
-// Calls use(value of the C++ type behind dtype).
-template <typename Use>
-void with_type(DType dtype, Use use) {
-  switch (dtype) {
-    case DType::float32: return use(float{});
-    case DType::float64: return use(double{});
-    case DType::float16: return use(__half{});
-    case DType::bfloat16: return use(__nv_bfloat16{});
-  }
-  throw std::runtime_error("unknown dtype " + std::to_string(static_cast<int64_t>(dtype)));
-}
 
 }  // namespace atrous::cuda

@@ -30,6 +30,7 @@ struct Axis {
 
 inline int64_t floor_div(int64_t a, int64_t b) { return a / b - ((a % b != 0) && ((a < 0) != (b < 0))); }
 inline int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
+inline int64_t round_up(int64_t size, int64_t step) { return ceil_div(size, step) * step; }
 
 // The positions [first, last) at which tap t reads inside the source.
 inline void tap_range(const Axis& axis, int64_t t, int64_t& first, int64_t& last) {

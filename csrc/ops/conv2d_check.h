@@ -141,4 +141,8 @@ inline Tensor empty(const Sizes& sizes, const Tensor& like, bool channels_last) 
                                             : torch::headeronly::MemoryFormat::Contiguous);
 }
 
+inline Tensor empty_of(const Sizes& sizes, torch::headeronly::ScalarType type, const Tensor& like) {
+  return torch::stable::empty(sizes, type, std::nullopt, like.device());
+}
+
 }  // namespace atrous

@@ -1,24 +1,16 @@
 // torch.ops.atrous_native.pyramid_pool, pyramid_pool_copy and pyramid_pool_input: schemas, argument checks, CPU dispatch.
 #include <torch/csrc/stable/library.h>
 
-#include <limits>
 #include <tuple>
 
 #include "cpu/pyramid_pool.h"
 #include "conv2d_arguments.h"
+#include "pyramid_pool_check.h"
 
 namespace atrous {
 namespace {
 
-cpu::PyramidShape check_pyramid(const Sizes& input, const Sizes& bins) {
-  check_four("input", input);
-  for (int i = 1; i < 4; ++i)
-    if (input[i] < 1) fail("input", "expected at least 1 channel and 1x1 pixels, but got sizes ", text(input));
-  if (input[2] * input[3] > std::numeric_limits<int32_t>::max())
-    fail("input", "expected fewer than 2^31 pixels per plane, but got sizes ", text(input));
-  if (bins.empty() || bins.size() % 2 != 0) fail("bins", "expected pairs (rows, columns), but got ", text(bins));
-  for (const int64_t bin : bins)
-    if (bin < 1) fail("bins", "expected values of at least 1, but got ", text(bins));
+cpu::PyramidShape shape_of(const Sizes& input, const Sizes& bins) {
   return {input[0], input[1], input[2], input[3], bins.data(), static_cast<int64_t>(bins.size() / 2)};
 }
 
@@ -28,16 +20,13 @@ Tensor dense(const Tensor& t) {
                                                           : torch::headeronly::MemoryFormat::Contiguous);
 }
 
-Tensor empty_of(const Sizes& sizes, torch::headeronly::ScalarType type, const Tensor& like) {
-  return torch::stable::empty(sizes, type, std::nullopt, like.device());
-}
-
 // The averages, and the input as the leading ones of `channels` channels; the others are for upsample_into.
 std::tuple<Tensor, Tensor> pyramid_pool_copy_cpu(const Tensor& input, std::vector<int64_t> bins, int64_t channels) {
-  const cpu::PyramidShape shape = check_pyramid(sizes_of(input), bins);
+  const Sizes sizes = check_pyramid(sizes_of(input), bins);
+  const cpu::PyramidShape shape = shape_of(sizes_of(input), bins);
   if (channels < shape.channels) fail("channels", "expected at least ", shape.channels, ", but got ", channels);
   const Tensor x = dense(input);
-  Tensor output = empty_of({shape.batch, shape.cells(), shape.channels}, input.scalar_type(), input);
+  Tensor output = empty_of(sizes, input.scalar_type(), input);
   Tensor copy = empty({shape.batch, channels, shape.height, shape.width}, input, is_channels_last(x));
   if (output.numel() > 0)
     cpu::pyramid_pool(shape, dtype_of(input), read(x), is_channels_last(x), output.mutable_data_ptr(), nullptr,
@@ -46,9 +35,9 @@ std::tuple<Tensor, Tensor> pyramid_pool_copy_cpu(const Tensor& input, std::vecto
 }
 
 std::tuple<Tensor, Tensor> pyramid_pool_cpu(const Tensor& input, std::vector<int64_t> bins, bool maximum) {
-  const cpu::PyramidShape shape = check_pyramid(sizes_of(input), bins);
+  const Sizes sizes = check_pyramid(sizes_of(input), bins);
+  const cpu::PyramidShape shape = shape_of(sizes_of(input), bins);
   const Tensor x = dense(input);
-  const Sizes sizes{shape.batch, shape.cells(), shape.channels};
   Tensor output = empty_of(sizes, input.scalar_type(), input);
   Tensor index = empty_of(maximum ? sizes : Sizes{0}, torch::headeronly::ScalarType::Long, input);
   if (output.numel() > 0)
@@ -59,11 +48,8 @@ std::tuple<Tensor, Tensor> pyramid_pool_cpu(const Tensor& input, std::vector<int
 
 Tensor pyramid_pool_input_cpu(const Tensor& grad, const Tensor& index, std::vector<int64_t> input_size,
                               std::vector<int64_t> bins, bool maximum, bool channels_last) {
-  const cpu::PyramidShape shape = check_pyramid(input_size, bins);
-  const Sizes sizes{shape.batch, shape.cells(), shape.channels};
-  if (sizes_of(grad) != sizes) fail("grad", "expected sizes ", text(sizes), ", but got ", text(sizes_of(grad)));
-  if (maximum && (index.scalar_type() != torch::headeronly::ScalarType::Long || sizes_of(index) != sizes))
-    fail("index", "expected int64 of sizes ", text(sizes), ", but got ", text(sizes_of(index)));
+  check_pyramid_gradient(grad, index, input_size, bins, maximum);
+  const cpu::PyramidShape shape = shape_of(input_size, bins);
   const Tensor g = torch::stable::contiguous(grad), at = torch::stable::contiguous(index);
   if (maximum) {
     const int64_t* values = static_cast<const int64_t*>(at.const_data_ptr());

@@ -25,7 +25,8 @@ from segmodels.data.transforms import (
     Transform,
 )
 from segmodels.engine.checkpoints import CheckpointError, load_checkpoint
-from segmodels.engine.inference import Predictor
+from segmodels.engine.inference import Predictor, Refinement
+from segmodels.refine import DenseCRF, unary_from_probabilities
 from segmodels.registry import create_model
 
 
@@ -119,10 +120,19 @@ def build_predictor(config: Config, model: nn.Module, device: torch.device) -> P
         **normalization(model),
         scales=config.eval.scales,
         flip=config.eval.flip,
+        refine=_refinement(config),
         device=device,
         amp=config.train.amp != "none",
         channels_last=config.train.channels_last,
     )
+
+
+def _refinement(config: Config) -> Refinement | None:
+    if config.eval.refine == "none":
+        return None
+    w1, sigma_alpha, sigma_beta, w2, sigma_gamma = config.eval.crf
+    crf = DenseCRF(w1, sigma_alpha, sigma_beta, w2, sigma_gamma)
+    return lambda probabilities, images: crf(unary_from_probabilities(probabilities), images)
 
 
 def load_trained(

@@ -42,6 +42,7 @@ def add_inference_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="FILE", required=True, help="best.pt or last.pt of segmodels.train")
     parser.add_argument("--scales", type=float, nargs="+", metavar="S", help="eval.scales")
     parser.add_argument("--flip", action="store_true", help="eval.flip=true")
+    parser.add_argument("--refine", metavar="NAME", help="eval.refine: none, crf")
 
 
 def flag_overrides(flags: argparse.Namespace) -> list[str]:
@@ -49,7 +50,7 @@ def flag_overrides(flags: argparse.Namespace) -> list[str]:
     given = []
     for name, key in (
         ("seed", "run.seed"), ("device", "run.device"), ("threads", "run.threads"), ("backend", "run.backend"),
-        ("work_dir", "run.work_dir"), ("scales", "eval.scales"),
+        ("work_dir", "run.work_dir"), ("scales", "eval.scales"), ("refine", "eval.refine"),
     ):  # fmt: skip
         value = getattr(flags, name, None)
         if value is not None:

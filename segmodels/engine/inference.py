@@ -16,6 +16,8 @@ from segmodels.data import SegmentationDataset
 from segmodels.data.transforms import IMAGENET_MEAN, IMAGENET_STD, to_tensor
 from segmodels.engine.metrics import ConfusionMatrix
 
+Refinement = Callable[[Tensor, Tensor], Tensor]
+
 
 class Predictor:
     """Whole-image inference. The network takes any size, so images are not padded: added borders would be one more thing
@@ -27,6 +29,8 @@ class Predictor:
         mean, std: the normalisation it was trained with.
         scales: the image is resized by each factor and the class probabilities are averaged at its own size.
         flip: average with the mirrored image as well.
+        refine: from the probabilities ``[N, C, H, W]`` and the images uint8 ``[N, 3, H, W]`` RGB to better ones, as
+            :mod:`segmodels.refine` offers; None: they are taken as they are.
         device, amp, channels_last: where and how to compute.
     """
 
@@ -38,6 +42,7 @@ class Predictor:
         std: Sequence[float] = IMAGENET_STD,
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
+        refine: Refinement | None = None,
         device: str | torch.device = "cpu",
         amp: bool = False,
         channels_last: bool = True,
@@ -45,7 +50,7 @@ class Predictor:
         if not scales or min(scales) <= 0:
             raise ValueError(f"scales={list(scales)}: expected one or more positive factors")
         self.model, self.mean, self.std = model, tuple(mean), tuple(std)
-        self.scales, self.flip = tuple(scales), flip
+        self.scales, self.flip, self.refine = tuple(scales), flip, refine
         self.device, self.amp = torch.device(device), amp
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
 
@@ -58,7 +63,12 @@ class Predictor:
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
             raise ValueError(f"image of shape {list(image.shape)} and type {image.dtype}: expected uint8 [H, W, 3]")
         tensor, _ = to_tensor(image, np.zeros(image.shape[:2], np.uint8), self.mean, self.std)
-        return self.classes(tensor[None])[0].to(torch.uint8).cpu().numpy()
+        if self.refine is None:
+            classes = self.classes(tensor[None])
+        else:
+            colours = torch.from_numpy(image).permute(2, 0, 1)[None].to(self.device)
+            classes = self.refine(self.probabilities(tensor[None]), colours).argmax(1)
+        return classes[0].to(torch.uint8).cpu().numpy()
 
     @torch.inference_mode()
     def classes(self, images: Tensor) -> Tensor:

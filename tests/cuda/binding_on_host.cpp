@@ -1,4 +1,4 @@
-// What csrc/cuda/conv2d_ops.cpp needs to run with the emulated kernels on CPU tensors: schemas under a name of its own,
+// What csrc/cuda/*_ops.cpp need to run with the emulated kernels on CPU tensors: schemas under a name of its own,
 // and the two things that only a CUDA build of the framework can do. The library is linked with -Bsymbolic, so that
 // these definitions are used by this library alone.
 #include <torch/csrc/stable/library.h>
@@ -28,9 +28,15 @@ AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
 
 }  // extern "C"
 
-STABLE_TORCH_LIBRARY(atrous_emulated, m) {
+STABLE_TORCH_LIBRARY(ATROUS_NAMESPACE, m) {
   const char* const geometry = "int[] stride, int[] padding, int[] dilation, int groups) -> Tensor";
   m.def((std::string("conv2d(Tensor input, Tensor weight, Tensor? bias, ") + geometry).c_str());
   m.def((std::string("conv2d_input(int[] input_size, Tensor weight, Tensor grad_output, ") + geometry).c_str());
   m.def((std::string("conv2d_weight(Tensor input, int[] weight_size, Tensor grad_output, ") + geometry).c_str());
+  m.def("pyramid_pool(Tensor input, int[] bins, bool maximum) -> (Tensor, Tensor)");
+  m.def("pyramid_pool_input(Tensor grad, Tensor index, int[] input_size, int[] bins, bool maximum, bool channels_last)"
+        " -> Tensor");
+  m.def("upsample_argmax(Tensor logits, int[] size, bool align_corners) -> Tensor");
+  m.def("upsample_cross_entropy(Tensor logits, Tensor target, Tensor weight, Tensor? scale, int ignore_index, "
+        "float label_smoothing, bool align_corners, bool per_pixel, bool with_gradient) -> (Tensor, Tensor, Tensor)");
 }

@@ -1,29 +1,12 @@
 // C entry points of the emulated CUDA convolutions, for ctypes. Compiled together with csrc/cuda/*.cu by any C++17
 // compiler; a failed launch is reported as text.
 #include <cstring>
-#include <string>
 
 #include "../../csrc/cuda/conv2d.h"
 #include "emulation/cuda.h"
+#include "guarded.h"
 
 using namespace atrous::cuda;
-
-namespace {
-
-std::string last_error;
-
-template <typename Run>
-const char* guarded(Run run) {
-  try {
-    run();
-    return nullptr;
-  } catch (const std::exception& error) {
-    last_error = error.what();
-    return last_error.c_str();
-  }
-}
-
-}  // namespace
 
 extern "C" {
 

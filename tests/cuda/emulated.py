@@ -8,8 +8,10 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atrous_kernels import dispatch
+
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+BINDINGS = sorted((ROOT / "csrc" / "cuda").glob("*_ops.cpp"))
+TORCH = Path(torch.__file__).parent
+STABLE_ABI = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(TORCH / "include")]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 # Few blocks per launch: each then takes several pieces of work, as on a GPU only beyond 2^31 pieces.
 FLAGS = [
@@ -65,10 +72,56 @@ def compile_library(name: str, sources: Sequence[Path], flags: Sequence[str] = (
     return library
 
 
+# Makes a library report every memory access to the emulation's checkers (csrc/include/emulation/access_hooks.h).
+CHECKED = ["-fsanitize=thread"]
+ACCESS_HOOKS = Path(__file__).with_name("access_hooks.cpp")
+
+
 @cache
-def kernel_library() -> Path:
+def kernel_library(checked: bool = False) -> Path:
     """The emulated kernels and their C entry points."""
-    return compile_library("conv2d", [*KERNELS, Path(__file__).with_name("emulated.cpp")])
+    sources = [*KERNELS, Path(__file__).with_name("emulated.cpp")]
+    if checked:
+        return compile_library("kernels_checked", [*sources, ACCESS_HOOKS], CHECKED)
+    return compile_library("kernels", sources)
+
+
+@cache
+def binding_library(checked: bool = False) -> Path:
+    """The stable-ABI binding of the emulated kernels, which registers their ops for CPU tensors."""
+    name = "atrous_checked" if checked else "atrous_emulated"
+    return compile_library(
+        name,
+        [*BINDINGS, Path(__file__).with_name("binding_on_host.cpp")],
+        [*STABLE_ABI, f"-DATROUS_NAMESPACE={name}", "-DATROUS_DISPATCH_KEY=CPU"],
+        ["-Wl,-Bsymbolic", str(kernel_library(checked)), f"-L{TORCH / 'lib'}", "-ltorch_cpu"],
+    )
+
+
+@cache
+def ops(checked: bool = False) -> Any:
+    """``torch.ops.atrous_emulated``, or ``torch.ops.atrous_checked``, whose kernels report every access to the checkers."""
+    torch.ops.load_library(str(binding_library(checked)))
+    return torch.ops.atrous_checked if checked else torch.ops.atrous_emulated
+
+
+@contextmanager
+def as_cuda_backend(*names: str) -> Iterator[None]:
+    """Within the block, ``backend="cuda"`` of these ops runs the emulated kernels on CPU tensors."""
+    native, implementations = torch.ops.atrous_native, dispatch._implementations
+    before = {name: implementations[name] for name in names}
+    dispatch.forget()
+    torch.ops.atrous_native = ops()
+    for name in names:
+        implementations[name] = [
+            replace(one, can_run=lambda problem: None) if one.name == "cuda" else one for one in before[name]
+        ]
+    try:
+        yield
+    finally:
+        torch.ops.atrous_native = native
+        implementations.update(before)
+        dispatch.forget()
 
 
 @cache

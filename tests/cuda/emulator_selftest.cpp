@@ -1,23 +1,10 @@
 // Small kernels, right and wrong ones, that show what the emulation does. Driven by test_emulator.py.
 #include <cstdint>
-#include <string>
 
 #include "../../csrc/cuda/device.h"
+#include "guarded.h"
 
 namespace {
-
-std::string last_error;
-
-template <typename Run>
-const char* guarded(Run run) {
-  try {
-    run();
-    return nullptr;
-  } catch (const std::exception& error) {
-    last_error = error.what();
-    return last_error.c_str();
-  }
-}
 
 struct Block {
   float value[256];

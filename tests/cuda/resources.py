@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "cuda_resources.json"
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-ARCHITECTURES = ("80", "90a")
+ARCHITECTURES = ("80", "90a", "100", "120")
 FLAGS = ["-std=c++17", "-O3", "-Werror", "all-warnings", "-Xcompiler=-fPIC,-Wall,-Wextra,-Werror"]
 
 _ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\S+)'")

@@ -17,25 +17,10 @@ from torch.nn.grad import conv2d_weight as framework_conv2d_weight
 
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="no C++ compiler to build the emulated kernels with")
 
-TORCH = Path(torch.__file__).parent
-STABLE_ABI = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(TORCH / "include")]
-BINDING = emulated.ROOT / "csrc" / "cuda" / "conv2d_ops.cpp"
-
 
 @pytest.fixture(scope="module")
-def library() -> Path:
-    return emulated.compile_library(
-        "binding",
-        [BINDING, Path(__file__).with_name("binding_on_host.cpp")],
-        [*STABLE_ABI, "-DATROUS_NAMESPACE=atrous_emulated", "-DATROUS_DISPATCH_KEY=CPU"],
-        ["-Wl,-Bsymbolic", str(emulated.kernel_library()), f"-L{TORCH / 'lib'}", "-ltorch_cpu"],
-    )
-
-
-@pytest.fixture(scope="module")
-def ops(library: Path) -> Any:
-    torch.ops.load_library(str(library))
-    return torch.ops.atrous_emulated
+def ops() -> Any:
+    return emulated.ops()
 
 
 @pytest.mark.usefixtures("poison")
@@ -73,8 +58,9 @@ def test_layout_of_results_follows_the_framework(ops: Any) -> None:
         assert ops.conv2d(a, b, None, *geometry).stride() == framework_conv2d(a, b, None, *geometry).stride()
 
 
-def test_the_device_guard_is_released(library: Path, ops: Any) -> None:
-    counters = [ctypes.c_int64.in_dll(ctypes.CDLL(str(library)), f"binding_guards_{name}") for name in ("opened", "closed")]
+def test_the_device_guard_is_released(ops: Any) -> None:
+    library = ctypes.CDLL(str(emulated.binding_library()))
+    counters = [ctypes.c_int64.in_dll(library, f"binding_guards_{name}") for name in ("opened", "closed")]
     before = counters[0].value
     ops.conv2d(torch.randn(1, 1, 3, 3), torch.randn(1, 1, 1, 1), None, [1, 1], [0, 0], [1, 1], 1)
     assert counters[0].value == counters[1].value == before + 1
@@ -122,12 +108,13 @@ def test_errors_of_the_gradients(ops: Any) -> None:
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm to list symbols with")
-def test_only_stable_symbols_are_used(tmp_path: Path) -> None:
+@pytest.mark.parametrize("binding", emulated.BINDINGS, ids=lambda path: path.stem)
+def test_only_stable_symbols_are_used(binding: Path, tmp_path: Path) -> None:
     """What the binding takes from LibTorch is its C interface, which keeps its meaning from version to version."""
     cxx = emulated.compiler()
     assert cxx is not None
     target = tmp_path / "binding.o"
-    subprocess.run([cxx, *emulated.FLAGS, *STABLE_ABI, "-c", str(BINDING), "-o", str(target)], check=True)
+    subprocess.run([cxx, *emulated.FLAGS, *emulated.STABLE_ABI, "-c", str(binding), "-o", str(target)], check=True)
     listing = subprocess.run(["nm", "-C", "-u", str(target)], check=True, capture_output=True, text=True).stdout
     symbols = [line.split(maxsplit=1)[1] for line in listing.splitlines()]
     assert "aoti_torch_get_current_cuda_stream" in symbols

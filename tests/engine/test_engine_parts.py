@@ -11,13 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from segmodels.config import TrainConfig
+from segmodels.config import TrainConfig, load_config
+from segmodels.data.transforms import to_tensor
+from segmodels.engine.build import build_predictor
 from segmodels.engine.inference import Predictor
 from segmodels.engine.losses import SegmentationLoss, balanced_weights
 from segmodels.engine.metrics import ConfusionMatrix
 from segmodels.engine.optim import ModelEma, build_optimizer, parameter_groups
 from segmodels.engine.schedules import PolySchedule
 from segmodels.engine.visualize import colorize, legend, overlay, sheet, write_png
+from segmodels.refine import DenseCRF, unary_from_probabilities
 
 
 class Pointwise(nn.Module):
@@ -253,6 +256,18 @@ def test_predictor_takes_and_refuses_images() -> None:
         predictor(np.zeros((5, 7), np.uint8))
     with pytest.raises(ValueError, match=r"scales=\[0\]"):
         Predictor(Pointwise(), scales=[0])
+
+
+def test_predictor_refines_by_the_image() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (8, 10, 3), dtype=np.uint8)
+    config, _ = load_config(overrides=["eval.refine=crf", "eval.crf=[5,20,10,3,3]"])
+    model = Pointwise().eval()
+    predictor = build_predictor(config, model, torch.device("cpu"))
+    tensor, _ = to_tensor(image, np.zeros((8, 10), np.uint8), predictor.mean, predictor.std)
+    unary = unary_from_probabilities(predictor.probabilities(tensor[None]))
+    crf = DenseCRF(w1=5, sigma_alpha=20, sigma_beta=10, w2=3, sigma_gamma=3)
+    expected = crf(unary, torch.from_numpy(image).permute(2, 0, 1)[None]).argmax(1)[0]
+    assert np.array_equal(predictor(image), expected.numpy())
 
 
 def test_pictures(tmp_path) -> None:

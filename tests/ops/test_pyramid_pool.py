@@ -17,7 +17,8 @@ from atrous_kernels import native
 from atrous_kernels.ops.pyramid_pool import pyramid_pool, pyramid_pool_input
 from tests.repeats import assert_same_bits, built_isas, repeat_capped
 
-BACKENDS = ("auto", "cpu", "torch", "reference")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ("auto", "cpu", "torch", "reference", *(("cuda",) if DEVICE == "cuda" else ()))
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 MODES = ("avg", "max")
 Bins = Sequence[int | tuple[int, int]]
@@ -46,7 +47,7 @@ PROBLEMS: dict[str, tuple[tuple[int, int, int, int], Bins]] = {
 
 def _skip_unless_runnable(backend: str, dtype: torch.dtype = torch.float32) -> None:
     try:
-        ak.explain("pyramid_pool", torch.empty(1, 1, 2, 2, dtype=dtype), backend=backend)
+        ak.explain("pyramid_pool", torch.empty(1, 1, 2, 2, dtype=dtype, device=DEVICE), backend=backend)
     except RuntimeError as error:
         pytest.skip(str(error))
 
@@ -59,10 +60,10 @@ def _framework(x: Tensor, bins: Bins, mode: str) -> list[Tensor]:
 def _compare(size: Sequence[int], bins: Bins, mode: str, dtype: torch.dtype, layout: str, backend: str) -> None:
     # The maximum of small integers has ties, and its gradients are exact.
     x = torch.randn(*size, dtype=torch.float64) if mode == "avg" else torch.randint(-3, 4, size).double()
-    x = x.to(dtype).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
+    x = x.to(DEVICE, dtype).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
     truth = x.detach().double().requires_grad_()
     ours, theirs = ak.pyramid_pool(x, bins, mode=mode, backend=backend), _framework(truth, bins, mode)
-    grads = [torch.randint(-2, 3, level.shape).double() for level in theirs]
+    grads = [torch.randint(-2, 3, level.shape, device=DEVICE).double() for level in theirs]
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == dtype
         torch.testing.assert_close(a.double(), b, **TOLERANCE[dtype])
@@ -100,9 +101,10 @@ def test_random_problems(size: Any, bins: Bins, mode: str, dtype: torch.dtype, l
 @pytest.mark.parametrize("mode", MODES)
 def test_any_strides(mode: str, backend: str) -> None:
     _skip_unless_runnable(backend)
-    wide = torch.full((4, 10, 14, 16), torch.nan)
+    wide = torch.full((4, 10, 14, 16), torch.nan, device=DEVICE)
     wide[::2, ::2, ::2, ::2] = torch.randint(-3, 4, (2, 5, 7, 8)).float()
-    for x in (wide[::2, ::2, ::2, ::2], wide[::2, ::2, ::2, ::2].flip(2), torch.ones(1, 1, 4, 5).expand(2, 3, 4, 5)):
+    ones = torch.ones(1, 1, 4, 5, device=DEVICE)
+    for x in (wide[::2, ::2, ::2, ::2], wide[::2, ::2, ::2, ::2].flip(2), ones.expand(2, 3, 4, 5)):
         for a, b in zip(ak.pyramid_pool(x, (1, 3), mode=mode, backend=backend), _framework(x, (1, 3), mode), strict=True):
             torch.testing.assert_close(a, b)
 
@@ -112,7 +114,7 @@ def test_any_strides(mode: str, backend: str) -> None:
 def test_maximum_follows_the_framework_on_infinities_and_nan(layout: str, backend: str) -> None:
     # The first maximum wins, and a NaN wins over everything: the last one, in the order of reading.
     _skip_unless_runnable(backend)
-    x = torch.randint(-1, 2, (2, 33, 9, 20)).float()
+    x = torch.randint(-1, 2, (2, 33, 9, 20), device=DEVICE).float()
     x[0, 0] = -torch.inf
     x[0, 1, 2:5, 3:7] = torch.inf
     if backend != "reference":  # the reference takes the first NaN
@@ -134,7 +136,7 @@ def test_maximum_follows_the_framework_on_infinities_and_nan(layout: str, backen
 def test_gradcheck(layout: str, mode: str, backend: str) -> None:
     _skip_unless_runnable(backend, torch.float64)
     # Far apart, so that no step of the finite difference changes which value is the largest.
-    x = torch.randperm(2 * 2 * 5 * 4).double().reshape(2, 2, 5, 4) / 8
+    x = torch.randperm(2 * 2 * 5 * 4, device=DEVICE).double().reshape(2, 2, 5, 4) / 8
     x = x.contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
 
     def call(x: Tensor) -> tuple[Tensor, ...]:
@@ -150,10 +152,10 @@ def test_opcheck(maximum: bool, backend: str) -> None:
     _skip_unless_runnable(backend)
     bins = [1, 1, 2, 3]
     for layout in LAYOUTS.values():
-        x = torch.randn(2, 3, 7, 6).contiguous(memory_format=layout).requires_grad_()
+        x = torch.randn(2, 3, 7, 6, device=DEVICE).contiguous(memory_format=layout).requires_grad_()
         torch.library.opcheck(pyramid_pool, (x, bins, maximum, backend))
         _, index = pyramid_pool(x, bins, maximum, backend)
-        grad = torch.randn(2, 7, 3, requires_grad=True)
+        grad = torch.randn(2, 7, 3, device=DEVICE, requires_grad=True)
         arguments = (grad, index, x.shape, bins, maximum, layout is torch.channels_last, backend)
         torch.library.opcheck(pyramid_pool_input, arguments)
 
@@ -225,7 +227,7 @@ def test_unknown_mode_and_backend() -> None:
     x = torch.zeros(1, 3, 4, 4)
     with pytest.raises(ValueError, match="mode='sum': expected 'avg' or 'max'"):
         ak.pyramid_pool(x, mode="sum")
-    with pytest.raises(ValueError, match="unknown backend 'gpu': expected one of auto, cpu, triton, torch, reference"):
+    with pytest.raises(ValueError, match="unknown backend 'gpu': expected one of auto, cpu, triton, cuda, torch, reference"):
         ak.pyramid_pool(x, backend="gpu")
 
 
@@ -244,8 +246,10 @@ def test_native_op_checks_its_arguments() -> None:
 
 def test_explain() -> None:
     explanation = ak.explain("pyramid_pool", torch.empty(2, 2048, 60, 60))
-    assert {choice.name for choice in explanation.choices} == {"cpu", "triton", "torch", "reference"}
+    assert {choice.name for choice in explanation.choices} == {"cpu", "triton", "cuda", "torch", "reference"}
     assert "2x2048x60x60 to 1x1, 2x2, 3x3, 6x6, average, float32 on cpu" in str(explanation)
     assert "50 bins per channel, at least 59.8 MB" in str(explanation)
     half = ak.explain("pyramid_pool", torch.empty(1, 2, 4, 4, dtype=torch.float16), mode="max")
     assert half.chosen == "torch"
+    many = ak.explain("pyramid_pool", torch.empty(1, 2, 4, 4), (1,) * 17)
+    assert "its plan holds 16 levels, not 17" in str(many)

@@ -16,7 +16,7 @@ from atrous_kernels import native
 from atrous_kernels.ops.upsample_argmax import upsample_argmax
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ("auto", "reference", "cpu", "torch", *(("triton",) if DEVICE == "cuda" else ()))
+BACKENDS = ("auto", "reference", "cpu", "torch", *(("triton", "cuda") if DEVICE == "cuda" else ()))
 
 
 def _skip_unless_runnable(backend: str, dtype: torch.dtype = torch.float32) -> None:
@@ -24,6 +24,8 @@ def _skip_unless_runnable(backend: str, dtype: torch.dtype = torch.float32) -> N
         pytest.skip("the Triton kernels compute in float32")
     if backend == "cpu" and (DEVICE != "cpu" or native.cpu_missing()):
         pytest.skip(native.cpu_missing() or "the tensors are on a GPU")
+    if backend == "cuda" and (missing := native.cuda_missing()):
+        pytest.skip(missing)
 
 
 def _check(logits: Tensor, size: tuple[int, int], align_corners: bool, backend: str) -> None:
@@ -133,7 +135,7 @@ def test_opcheck_and_compile() -> None:
         (dict(size=(0, 4)), ValueError, r"size=\(0, 4\): expected positive numbers"),
         (dict(size=(4, 4, 4)), ValueError, r"size=\(4, 4, 4\): expected positive numbers"),
         (dict(size=2.5), ValueError, "size=2.5: expected positive numbers"),
-        (dict(backend="cuda"), ValueError, "unknown backend 'cuda': expected one of auto, cpu, triton, torch, reference"),
+        (dict(backend="gpu"), ValueError, "unknown backend 'gpu': expected one of auto, cpu, triton, cuda, torch, reference"),
     ],
 )
 def test_mistakes_name_the_value(changes: dict[str, Any], error: type[Exception], message: str) -> None:

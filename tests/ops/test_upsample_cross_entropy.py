@@ -19,13 +19,15 @@ from atrous_kernels.reference.upsample_cross_entropy import hard_pixels, interpo
 from tests.repeats import assert_same_bits_for_threads, built_isas, repeat_capped
 from tests.upsampling import CASES, DEVICE, LAYOUTS, TOLERANCE, case_of, in_float64, operands
 
-BACKENDS = ("auto", "reference", "cpu", "torch", *(("triton",) if DEVICE == "cuda" else ()))
+BACKENDS = ("auto", "reference", "cpu", "torch", *(("triton", "cuda") if DEVICE == "cuda" else ()))
 
 def _skip_unless_runnable(backend: str, dtype: torch.dtype = torch.float32) -> None:
     if backend == "triton" and dtype is torch.float64:
         pytest.skip("the Triton kernels sum in float32")
     if backend == "cpu" and (DEVICE != "cpu" or native.cpu_missing()):
         pytest.skip(native.cpu_missing() or "the tensors are on a GPU")
+    if backend == "cuda" and (missing := native.cuda_missing()):
+        pytest.skip(missing)
 
 
 def _ours(logits: Tensor, target: Tensor, options: dict[str, Any], backend: str) -> tuple[Tensor, Tensor]:
@@ -279,7 +281,7 @@ def test_bf16_logits_under_autocast() -> None:
         (dict(reduction="average"), ValueError, "reduction='average': expected 'mean', 'sum' or 'none'"),
         (dict(label_smoothing=1.5), ValueError, "label_smoothing=1.5: expected 0 to 1"),
         (dict(hard_fraction=0), ValueError, "hard_fraction=0: expected above 0, to 1"),
-        (dict(backend="winograd"), ValueError, "unknown backend 'winograd': expected one of auto, cpu, triton, torch, reference"),
+        (dict(backend="winograd"), ValueError, "unknown backend 'winograd': expected one of auto, cpu, triton, cuda,"),
     ],
 )
 def test_mistakes_name_the_value(changes: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -293,7 +295,7 @@ def test_mistakes_name_the_value(changes: dict[str, Any], error: type[Exception]
 
 def test_explain() -> None:
     explanation = ak.explain("upsample_cross_entropy", torch.zeros(4, 21, 33, 33), torch.zeros(4, 513, 513).long())
-    assert {choice.name for choice in explanation.choices} == {"cpu", "triton", "torch", "reference"}
+    assert {choice.name for choice in explanation.choices} == {"cpu", "triton", "cuda", "torch", "reference"}
     assert "4x21 33x33 to 513x513 float32" in str(explanation)
     assert "88.4 MB of upsampled logits" in str(explanation)
 

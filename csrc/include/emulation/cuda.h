@@ -15,6 +15,10 @@
 //  - The order in which threads run between barriers is arbitrary: set_schedule reverses or shuffles it. A kernel with
 //    a missing barrier gives different results, or NaN, under different schedules; a right one gives the same bits.
 //  - A shuffle that reads a lane outside its mask is an error.
+//  - An asynchronous copy (tensor_core.h) has arrived when its thread has waited for it, not earlier: until then its
+//    destination holds 0xFF. A thread that returns before that is an error.
+//  - Where the compiler reports every access (checked builds: access_hooks.h), two accesses to shared memory that no
+//    barrier orders are an error (race_checker.h), and so is one to a destination before the copy has arrived.
 //
 // Atomics are missing on purpose: no kernel of this library may use them.
 //
@@ -38,6 +42,7 @@
 
 #include "fibers.h"
 #include "numeric_types.h"
+#include "race_checker.h"
 
 #define __global__
 #define __device__
@@ -75,11 +80,22 @@ struct Site {
 
 enum class State { ready, at_block_barrier, at_warp_barrier, done };
 
+// An asynchronous copy that has not arrived. `group`: how many commits its thread had made before.
+struct Copy {
+  unsigned char* to;
+  const unsigned char* from;  // null: zeros
+  size_t bytes;
+  int group;
+};
+
 struct Thread {
+  std::vector<Copy> copies;
+  int groups;  // commits so far
   Context context;
   uint3 index;
   State state;
   uint32_t mask;  // of the warp barrier it waits at
+  bool orders_memory;
   Site site;      // of the barrier it waits at
 };
 
@@ -90,6 +106,9 @@ class Machine {
     static Machine machine;
     return machine;
   }
+
+  // The machine once it has run something: reports of accesses come earlier, too.
+  static inline Machine* in_use = nullptr;
 
   Thread* current = nullptr;
   uint3 block_index{};
@@ -110,6 +129,7 @@ class Machine {
       const Arguments* arguments;
     } call{kernel, &arguments};
     call_ = &call;
+    in_use = this;
     invoke_ = [](void* opaque) {
       auto* c = static_cast<Call*>(opaque);
       std::apply(c->kernel, *c->arguments);
@@ -127,7 +147,7 @@ class Machine {
   }
 
   // The address of one shared array: the same for all threads of a block, 0xFF in every byte when a block starts.
-  void* shared_array(uint64_t& owner, size_t& offset, size_t bytes, size_t alignment) {
+  void* shared_array(uint64_t& owner, size_t& offset, size_t bytes, size_t alignment, const char* name) {
     if (owner != serial_) {
       owner = serial_;
       static_bytes_ += bytes;
@@ -135,9 +155,63 @@ class Machine {
           arena_used_ + bytes + alignment + 2 * guard_bytes > arena_bytes)
         fail_in_thread(std::to_string(static_bytes_) + " bytes of static and " + std::to_string(dynamic_bytes_) +
                        " bytes of dynamic shared memory");
-      offset = reserve(bytes, alignment);
+      offset = reserve(bytes, alignment, name);
     }
     return arena_ + offset;
+  }
+
+  // Tells the checkers of an access by the current thread; memory that is not shared is of no interest.
+  void access(const void* address, size_t bytes, bool write) {
+    const size_t offset = reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(arena_);
+    if (offset >= arena_bytes || !current || checking_) return;
+    checking_ = true;  // this function's own accesses are reported as well
+    const char* const verb = write ? "writes " : "reads ";
+    if (arriving_bytes_ > 0)
+      for (size_t i = offset; i < offset + bytes; ++i)
+        if (arriving_[i]) fail_in_thread(verb + name_of(i) + ", where an asynchronous copy has not arrived", current->site);
+    const int other = races_.access(offset, bytes, write, index_of_current());
+    if (other != RaceChecker::nobody)
+      fail_in_thread(verb + name_of(offset) + " without a barrier since an access by " +
+                         describe(threads_[static_cast<size_t>(other)], false) +
+                         (current->site.file ? "; its last barrier was" : ""),
+                     current->site);
+    checking_ = false;
+  }
+
+  void copy_async(void* to, const void* from, size_t bytes, bool exists, Site site) {
+    const size_t offset = reinterpret_cast<uintptr_t>(to) - reinterpret_cast<uintptr_t>(arena_);
+    if (offset >= arena_bytes) fail_in_thread("an asynchronous copy to what is not shared memory", site);
+    if (offset % bytes != 0 || reinterpret_cast<uintptr_t>(from) % bytes != 0)
+      fail_in_thread("an asynchronous copy of " + std::to_string(bytes) + " bytes between misaligned addresses", site);
+    access(to, bytes, true);
+    arriving_.resize(arena_bytes);
+    for (size_t i = offset; i < offset + bytes; ++i) arriving_[i] = true;
+    arriving_bytes_ += bytes;
+    std::memset(to, 0xFF, bytes);
+    current->copies.push_back({static_cast<unsigned char*>(to),
+                               exists ? static_cast<const unsigned char*>(from) : nullptr, bytes, current->groups});
+  }
+
+  void commit_copies() { ++current->groups; }
+
+  // Until at most `pending` of the thread's latest groups are under way.
+  void wait_copies(int pending) {
+    std::vector<Copy>& copies = current->copies;
+    size_t left = 0;
+    for (const Copy& copy : copies) {
+      if (copy.group >= current->groups - pending) {
+        copies[left++] = copy;
+        continue;
+      }
+      std::fill_n(arriving_.begin() + (copy.to - arena_), copy.bytes, false);
+      arriving_bytes_ -= copy.bytes;
+      access(copy.to, copy.bytes, true);
+      if (copy.from)
+        std::memcpy(copy.to, copy.from, copy.bytes);
+      else
+        std::memset(copy.to, 0, copy.bytes);
+    }
+    copies.resize(left);
   }
 
   void* dynamic_shared() { return arena_ + dynamic_offset_; }
@@ -148,23 +222,26 @@ class Machine {
     Context::change(current->context, scheduler_);
   }
 
-  void wait_warp(uint32_t mask, Site site) {
+  // orders_memory: as __syncwarp does and shuffles do not.
+  void wait_warp(uint32_t mask, bool orders_memory, Site site) {
     if (!(mask >> lane() & 1u)) fail_in_thread("warp operation whose mask lacks the calling lane", site);
     current->state = State::at_warp_barrier;
     current->mask = mask;
+    current->orders_memory = orders_memory;
     current->site = site;
     Context::change(current->context, scheduler_);
   }
 
-  int lane() const { return static_cast<int>((current - threads_.data()) % warp_size); }
+  int lane() const { return static_cast<int>(index_of_current() % warp_size); }
 
   // 32 slots of 256 bytes, through which the lanes of the calling thread's warp exchange values.
   unsigned char* warp_slots() {
-    return slots_[static_cast<size_t>(current - threads_.data()) / warp_size].data();
+    return slots_[index_of_current() / warp_size].data();
   }
 
   // Ends the launch from inside a thread; the other fibres are simply never continued.
   [[noreturn]] void fail_in_thread(const std::string& what, Site site = {nullptr, 0}) {
+    checking_ = false;
     error_ = describe(*current, false) + ": " + what;
     if (site.file) error_ += std::string(" (") + site.file + ":" + std::to_string(site.line) + ")";
     Context::change(current->context, scheduler_);
@@ -177,30 +254,50 @@ class Machine {
   static void thread_main() {
     Machine& machine = get();
     machine.invoke_(machine.call_);
+    if (!machine.current->copies.empty())
+      machine.fail_in_thread("returns while its asynchronous copies are under way");
     machine.current->state = State::done;
     Context::change(machine.current->context, machine.scheduler_);
   }
 
-  size_t reserve(size_t bytes, size_t alignment) {
+  size_t index_of_current() const { return static_cast<size_t>(current - threads_.data()); }
+
+  size_t reserve(size_t bytes, size_t alignment, const char* name) {
     const size_t offset = (arena_used_ + guard_bytes + alignment - 1) / alignment * alignment;
     guards_.emplace_back(arena_used_, offset);
+    arrays_.push_back({offset, name});
     arena_used_ = offset + bytes;
     return offset;
+  }
+
+  // The byte of a shared array, for messages.
+  std::string name_of(size_t offset) const {
+    std::string name;
+    for (const auto& [start, array] : arrays_)
+      if (start <= offset) name = std::string(array) + " + " + std::to_string(offset - start) + " bytes";
+    return name;
   }
 
   void run_block() {
     const size_t count = threads_.size();
     std::memset(arena_, 0xFF, arena_used_ + guard_bytes);
     guards_.clear();
+    arrays_.clear();
     error_.clear();
+    std::fill(arriving_.begin(), arriving_.end(), false);
+    arriving_bytes_ = 0;
     arena_used_ = static_bytes_ = 0;
     ++serial_;
-    dynamic_offset_ = reserve(dynamic_bytes_, 1024);
+    dynamic_offset_ = reserve(dynamic_bytes_, 1024, "dynamic shared memory");
+    races_.start_block(count);
     for (size_t i = 0; i < count; ++i) {
       Thread& t = threads_[i];
       const auto n = static_cast<unsigned>(i);
       t.index = {n % block_size.x, n / block_size.x % block_size.y, n / block_size.x / block_size.y};
       t.state = State::ready;
+      t.site = {nullptr, 0};
+      t.copies.clear();
+      t.groups = 0;
       t.context.start(stacks_[i], Stacks::bytes, &thread_main);
     }
     order_.resize(count);
@@ -212,6 +309,7 @@ class Machine {
         if (threads_[i].state != State::ready) continue;
         current = &threads_[i];
         Context::change(scheduler_, current->context);
+        current = nullptr;
         if (!error_.empty()) fail(error_);
       }
       const auto done = [](const Thread& t) { return t.state == State::done; };
@@ -229,6 +327,7 @@ class Machine {
           return t.state == State::at_block_barrier && t.site == first.site;
         })) {
       for (Thread& t : threads_) t.state = State::ready;
+      races_.block_barrier();
       return true;
     }
     for (size_t base = 0; base < threads_.size(); base += warp_size) {
@@ -243,6 +342,7 @@ class Machine {
                        threads_[base + i].mask == t.mask && threads_[base + i].site == t.site;
         if (!complete) continue;
         const uint32_t mask = t.mask;
+        if (t.orders_memory) races_.warp_barrier(base, mask);
         for (size_t i = 0; i < lanes; ++i)
           if (mask >> i & 1u) threads_[base + i].state = State::ready;
         any = true;
@@ -295,6 +395,11 @@ class Machine {
   size_t arena_used_ = arena_bytes - guard_bytes;  // everything is still to be poisoned
   size_t static_bytes_ = 0, dynamic_bytes_ = 0, dynamic_offset_ = 0;
   uint64_t serial_ = 0;
+  std::vector<std::pair<size_t, const char*>> arrays_;  // where each starts, ascending
+  RaceChecker races_;
+  std::vector<bool> arriving_;  // bytes of asynchronous copies under way
+  size_t arriving_bytes_ = 0;
+  bool checking_ = false;
   std::string error_;
   void (*invoke_)(void*) = nullptr;
   void* call_ = nullptr;
@@ -321,9 +426,9 @@ auto warp_collective(uint32_t mask, const Value& mine, Read read, Site site) {
   Machine& machine = Machine::get();
   auto* lanes = reinterpret_cast<Value*>(machine.warp_slots());
   std::memcpy(static_cast<void*>(lanes + machine.lane()), &mine, sizeof(Value));
-  machine.wait_warp(mask, site);
+  machine.wait_warp(mask, false, site);
   auto result = read(static_cast<const Value*>(lanes));
-  machine.wait_warp(mask, site);  // nobody publishes again before everybody has read
+  machine.wait_warp(mask, false, site);  // nobody publishes again before everybody has read
   return result;
 }
 
@@ -353,7 +458,7 @@ constexpr int warpSize = ::atrous::emulation::warp_size;
 inline void __syncthreads(ATROUS_CALLER) { ::atrous::emulation::Machine::get().wait_block({file, line}); }
 
 inline void __syncwarp(unsigned mask = 0xffffffffu, ATROUS_CALLER) {
-  ::atrous::emulation::Machine::get().wait_warp(mask, {file, line});
+  ::atrous::emulation::Machine::get().wait_warp(mask, true, {file, line});
 }
 
 template <typename Value>

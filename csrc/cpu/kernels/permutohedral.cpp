@@ -1,0 +1,220 @@
+// Compiled once per instruction set: CMake sets the compiler flags and ATROUS_ISA (a namespace).
+#include "cpu/permutohedral_kernels.h"
+
+namespace atrous::cpu {
+namespace {
+namespace ATROUS_ISA {
+
+#include "vec.h"
+
+#include "exp_log.h"
+
+// Vectors no wider than a row. A row that is no whole number of them ends with two that overlap: a channel computed twice has
+// the same value twice, and no neighbouring row is touched.
+template <class T, int width> struct PartOf {
+  typedef T type __attribute__((vector_size(width * sizeof(T))));
+  typedef T unaligned __attribute__((vector_size(width * sizeof(T)), aligned(alignof(T)), may_alias));
+};
+template <class T, int width> using Part = typename PartOf<T, width>::type;
+
+template <int width, class T> inline Part<T, width> load_part(const T* from) {
+  return *reinterpret_cast<const typename PartOf<T, width>::unaligned*>(from);
+}
+template <int width, class T> inline void store_part(T* to, Part<T, width> v) {
+  *reinterpret_cast<typename PartOf<T, width>::unaligned*>(to) = v;
+}
+
+constexpr int most_parts = 4;  // of a row at a time
+
+template <class T, int width, int parts, class Body> inline void parts_from(int64_t channels, int64_t first, const Body& body) {
+  int64_t at[parts];
+  for (int i = 0; i < parts; ++i) {
+    const int64_t from = first + i * width;
+    at[i] = from + width <= channels ? from : channels - width;
+  }
+  body.template operator()<width, parts>(at);
+}
+
+template <class T, int width, class Body> inline void with_width(int64_t channels, const Body& body) {
+  int64_t first = 0;
+  for (; channels - first > (most_parts - 1) * width; first += most_parts * width)
+    parts_from<T, width, most_parts>(channels, first, body);
+  const int64_t left = channels - first;
+  if (left > 2 * width) parts_from<T, width, 3>(channels, first, body);
+  else if (left > width) parts_from<T, width, 2>(channels, first, body);
+  else if (left > 0) parts_from<T, width, 1>(channels, first, body);
+}
+
+// body.operator()<width, parts>(positions of the parts), for groups of parts that together cover a row.
+template <class T, int width = lanes<T>, class Body> inline void over_row(int64_t channels, const Body& body) {
+  if constexpr (width > 1)
+    if (channels < width) return over_row<T, width / 2>(channels, body);
+  with_width<T, width>(channels, body);
+}
+
+// Long sums go by blocks, so that their rounding errors grow with the root of the length only.
+constexpr int64_t block_terms = 256;
+
+template <class T> void weighted(const WeightedRows<T>& rows) {
+  over_row<T>(rows.channels, [&]<int width, int parts>(const int64_t* at) {
+    for (int64_t r = rows.first; r < rows.last; ++r) {
+      int64_t k = rows.begin ? rows.begin[r] : r * rows.terms;
+      const int64_t end = rows.begin ? rows.begin[r + 1] : k + rows.terms;
+      Part<T, width> total[parts] = {};
+      while (k < end) {
+        const int64_t stop = end - k > block_terms ? k + block_terms : end;
+        Part<T, width> sum[parts] = {};
+        for (; k < stop; ++k) {
+          const T* src = rows.src + static_cast<int64_t>(rows.index[k]) * rows.channels;
+          const T weight = rows.scale ? rows.weight[k] * rows.scale[rows.index[k]] : rows.weight[k];
+#pragma GCC unroll 4
+          for (int i = 0; i < parts; ++i) sum[i] += load_part<width>(src + at[i]) * weight;
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < parts; ++i) total[i] += sum[i];
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < parts; ++i) store_part<width>(rows.dst + r * rows.channels + at[i], total[i]);
+    }
+  });
+}
+
+template <class T> void blur(const BlurRows<T>& rows) {
+  over_row<T>(rows.channels, [&]<int width, int parts>(const int64_t* at) {
+    Part<T, width> scale[parts];
+#pragma GCC unroll 4
+    for (int i = 0; i < parts; ++i) scale[i] = rows.scale ? load_part<width>(rows.scale + at[i]) : Part<T, width>{} + 1;
+    for (int64_t r = rows.first; r < rows.last; ++r) {
+      const T* src = rows.src + r * rows.channels;
+      const T* a = rows.src + static_cast<int64_t>(rows.neighbours[2 * r]) * rows.channels;
+      const T* b = rows.src + static_cast<int64_t>(rows.neighbours[2 * r + 1]) * rows.channels;
+#pragma GCC unroll 4
+      for (int i = 0; i < parts; ++i) {
+        const Part<T, width> around = load_part<width>(a + at[i]) + load_part<width>(b + at[i]);
+        store_part<width>(rows.dst + r * rows.channels + at[i],
+                          (load_part<width>(src + at[i]) + around * static_cast<T>(0.5)) * scale[i]);
+      }
+    }
+  });
+}
+
+template <class T> inline T dot(int64_t channels, const T* a, const T* b) {
+  Vec<T> sum{};
+  int64_t c = 0;
+  for (; c + lanes<T> <= channels; c += lanes<T>) sum += load(a + c) * load(b + c);
+  T total = 0;
+  for (int i = 0; i < lanes<T>; ++i) total += sum[i];
+  for (; c < channels; ++c) total += a[c] * b[c];
+  return total;
+}
+
+template <class T> void weight_gradient(const WeightGradientRows<T>& rows) {
+  const int64_t n = rows.channels;
+  for (int64_t r = rows.first; r < rows.last; ++r)
+    for (int64_t k = r * rows.terms; k < (r + 1) * rows.terms; ++k) {
+      const int64_t vertex = rows.index[k];
+      rows.dst[k] = rows.scale * (dot(n, rows.grad + r * n, rows.blurred + vertex * n) +
+                                  dot(n, rows.values + r * n, rows.reversed + vertex * n));
+    }
+}
+
+template <class T> void mix(const MixRows<T>& rows) {
+  over_row<T>(rows.channels, [&]<int width, int parts>(const int64_t* at) {
+    for (int64_t r = rows.first; r < rows.last; ++r) {
+      const T* src = rows.src + r * rows.channels;
+      Part<T, width> sum[parts] = {};
+      for (int64_t j = 0; j < rows.channels; ++j) {
+#pragma GCC unroll 4
+        for (int i = 0; i < parts; ++i) sum[i] += load_part<width>(rows.matrix + j * rows.channels + at[i]) * src[j];
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < parts; ++i) store_part<width>(rows.dst + r * rows.channels + at[i], sum[i]);
+    }
+  });
+}
+
+// The vector of the other halves at a distance: after one step per power of two below its width, every lane has the total.
+template <int distance, class T> inline Vec<T> swapped(Vec<T> v) {
+  Int<T> index;
+  for (int i = 0; i < lanes<T>; ++i) index[i] = i ^ distance;
+  return __builtin_shuffle(v, index);
+}
+template <int distance, class T> inline Vec<T> sum_of_lanes(Vec<T> v) {
+  if constexpr (distance == 0) return v;
+  else return sum_of_lanes<distance / 2, T>(v + swapped<distance, T>(v));
+}
+template <int distance, class T> inline Vec<T> largest_of_lanes(Vec<T> v) {
+  if constexpr (distance == 0) return v;
+  else {
+    const Vec<T> other = swapped<distance, T>(v);
+    return largest_of_lanes<distance / 2, T>(v > other ? v : other);
+  }
+}
+
+// In place, over whole vectors; what pads the row is -inf.
+template <class T> inline void softmax(T* row, int64_t padded) {
+  constexpr int n = lanes<T>;
+  Vec<T> largest = load(row);
+  for (int64_t c = n; c < padded; c += n) {
+    const Vec<T> x = load(row + c);
+    largest = x > largest ? x : largest;
+  }
+  largest = largest_of_lanes<n / 2, T>(largest);
+  Vec<T> sum{};
+  for (int64_t c = 0; c < padded; c += n) {
+    const Vec<T> e = exp_vector<T>(load(row + c) - largest);
+    store(row + c, e);
+    sum += e;
+  }
+  const Vec<T> factor = 1 / sum_of_lanes<n / 2, T>(sum);
+  for (int64_t c = 0; c < padded; c += n) store(row + c, load(row + c) * factor);
+}
+
+template <class T> void mean_field(const MeanFieldRows<T>& rows) {
+  constexpr int n = lanes<T>;
+  const int64_t channels = rows.channels, padded = (channels + n - 1) / n * n;
+  for (int64_t from = rows.first; from < rows.last; from += mean_field_rows) {
+    const int64_t count = rows.last - from < mean_field_rows ? rows.last - from : mean_field_rows;
+    for (int64_t i = 0; i < count; ++i)  // overwritten below but for the pads
+      store(rows.scratch + i * padded + padded - n, Vec<T>{} - static_cast<T>(__builtin_inf()));
+    over_row<T>(channels, [&]<int width, int parts>(const int64_t* at) {
+      for (int64_t r = from; r < from + count; ++r) {
+        Part<T, width> sum[parts];
+#pragma GCC unroll 4
+        for (int i = 0; i < parts; ++i) sum[i] = -load_part<width>(rows.unary + r * channels + at[i]);
+        for (int64_t p = 0; p < rows.count; ++p) {
+          const auto& part = rows.parts[p];
+          const T scale = part.scale ? part.scale[r] : 1;
+          for (int64_t k = r * part.terms; k < (r + 1) * part.terms; ++k) {
+            const T* src = part.src + static_cast<int64_t>(part.index[k]) * channels;
+            const T weight = part.weight[k] * scale;
+#pragma GCC unroll 4
+            for (int i = 0; i < parts; ++i) sum[i] += load_part<width>(src + at[i]) * weight;
+          }
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < parts; ++i) store_part<width>(rows.scratch + (r - from) * padded + at[i], sum[i]);
+      }
+    });
+    for (int64_t i = 0; i < count; ++i) softmax(rows.scratch + i * padded, padded);
+    over_row<T>(channels, [&]<int width, int parts>(const int64_t* at) {
+      for (int64_t r = from; r < from + count; ++r)
+#pragma GCC unroll 4
+        for (int i = 0; i < parts; ++i)
+          store_part<width>(rows.dst + r * channels + at[i], load_part<width>(rows.scratch + (r - from) * padded + at[i]));
+    });
+  }
+}
+
+template <class T> PermutohedralKernels<T> kernels_of() {
+  return {weighted<T>, blur<T>, weight_gradient<T>, mix<T>, mean_field<T>};
+}
+
+PermutohedralTable make() { return {kernels_of<float>(), kernels_of<double>()}; }
+
+}  // namespace ATROUS_ISA
+}  // namespace
+
+ATROUS_DEFINE_TABLE(PermutohedralTable, make)
+
+}  // namespace atrous::cpu
