@@ -236,13 +236,15 @@ class _SynchronisedTrain(torch.autograd.Function):
         activation: str,
         backend: str,
         group: Any,
+        mean: Tensor | None,
+        moment: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, int]:
         def merge(mean: Tensor, moment: Tensor, count: int) -> tuple[Tensor, Tensor, int]:
             whole = merge_statistics(*_gather(mean, moment, count, group))
             return whole[0].to(mean.dtype), whole[1].to(mean.dtype), whole[2]
 
-        input = _dense(input)
-        output, mean, moment, count = train_pass(PASSES[backend], input, weight, bias, eps, activation, merge)
+        input, known = _dense(input), None if mean is None or moment is None else (mean, moment)
+        output, mean, moment, count = train_pass(PASSES[backend], input, weight, bias, eps, activation, merge, known)
         ctx.save_for_backward(input, weight, bias, mean, moment)
         ctx.mark_non_differentiable(mean, moment)
         ctx.rest = count, eps, activation
@@ -268,7 +270,7 @@ class _SynchronisedTrain(torch.autograd.Function):
         d_input, d_weight, d_bias = train_gradients(
             PASSES[ctx.backend], grad, input, weight, bias, mean, moment, count, eps, activation, merge
         )
-        return d_input, _of_parameter(d_weight, weight), _of_parameter(d_bias, bias), None, None, None, None
+        return d_input, _of_parameter(d_weight, weight), _of_parameter(d_bias, bias), *(None,) * 6
 
 
 def _gather(mean: Tensor, moment: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -300,5 +302,5 @@ def train(
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Normalised and activated output; mean, moment and count of the batch (of the group, where one is given)."""
     if group is not None:
-        return _SynchronisedTrain.apply(input, weight, bias, eps, activation, backend, group)
+        return _SynchronisedTrain.apply(input, weight, bias, eps, activation, backend, group, *(known or (None, None)))
     return (*batch_norm_act_train(input, weight, bias, eps, activation, backend, *(known or ())), count_of(input))

@@ -207,9 +207,9 @@ def conv_bn_relu(
         )  # fmt: skip
         return activate(out + residual, activation, inplace=not torch.compiler.is_compiling())
     following = Normalisation(norm, training, momentum, eps, process_group)
-    if training and process_group is None and chosen(input, True, None, activation, backend) == "triton":
+    if training and chosen(input, True, process_group, activation, backend) in ("cpu", "triton"):
         input, weight = autocast(input, weight)
-        out, *known = conv2d_statistics(input, weight, *geometry, "triton")
+        out, *known = conv2d_statistics(input, weight, *geometry, inner_backend(input, True, process_group, backend))
         return following.apply(out, folded=False, activation=activation, backend=backend, known=known)
     weight, bias = following.fold(input, weight, backend)
     inner = inner_backend(input, training, process_group, backend)
