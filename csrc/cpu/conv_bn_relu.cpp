@@ -54,6 +54,7 @@ template <class T> struct Pieces {
         pass.rows = s.channels_last ? size : 1;
         pass.channels = s.channels_last ? s.channels : size;
         pass.x = step<T>(pass.x, at);
+        pass.residual = step<T>(pass.residual, at);
         pass.grad = step<T>(pass.grad, at);
         pass.out = step<T>(pass.out, at);
         for (const void** parameter : {&pass.mean, &pass.scale, &pass.shift, &pass.slope, &pass.offset})
@@ -142,9 +143,11 @@ void norm_statistics(const NormShape& shape, DType dtype, const void* x, void* m
   by_type(dtype, [&](auto type) { statistics<decltype(type)>(shape, x, mean, moment); });
 }
 
-void norm_apply(const NormShape& shape, DType dtype, const NormParameters& parameters, const void* x, void* out) {
+void norm_apply(const NormShape& shape, DType dtype, const NormParameters& parameters, const void* x, const void* residual,
+                void* out) {
   NormPass pass = pass_of(parameters);
   pass.x = x;
+  pass.residual = residual;
   pass.out = out;
   by_type(dtype, [&](auto type) { elementwise<decltype(type)>(shape, pass); });
 }
