@@ -231,8 +231,8 @@ def profiles(rows: Rows) -> str:
             cells.append([row["case"], f"{total:.0f}", ", ".join(parts)])
     if not cells:
         return ""
-    return f"""Where the time of ours in channels-last goes: operators by the time spent in themselves, under a profiler that slows all
-of them, the smallest ones most.
+    return f"""Where the time of ours in channels-last goes: operators by the time spent in themselves, under a profiler that
+slows all of them, the smallest ones most.
 
 {table(["case", "ms under the profiler", "operators of 2% and more"], cells)}
 """
