@@ -359,9 +359,9 @@ def upsample_cross_entropy(
 
     Raises:
         TypeError, ValueError: wrong types, sizes or options; the message names the value and what was expected.
-        RuntimeError: a label that is neither a class nor ``ignore_index``; a ``backend`` that cannot run. On a GPU nobody waits
-            for the kernels: there "triton" fails with an assertion on the device, as the framework's own loss does, and "cuda"
-            gives NaN for the loss and the gradient of such a pixel.
+        RuntimeError: a label that is neither a class nor ``ignore_index``; a ``backend`` that cannot run. "triton" and "cuda" do
+            not wait for their kernels, so there such a label gives NaN instead: for the loss and the gradient of its pixel, and
+            so for a sum, a mean and the whole gradient of a mean.
         NotImplementedError: a second derivative.
 
     Where a gradient will be needed, it is computed at low resolution together with the loss. Sources: upsampling the logits

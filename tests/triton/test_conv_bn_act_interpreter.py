@@ -20,7 +20,7 @@ PROBLEMS = {
     "several tiles": ConvProblem(3, 3, 70, (13, 11), (3, 3), padding=(4, 4), dilation=(4, 4)),
     "strided groups": ConvProblem(2, 6, 9, (7, 6), (3, 2), stride=(2, 1), padding=(2, 1), dilation=(2, 1), groups=3),
     "depthwise": ConvProblem(2, 6, 6, (9, 8), (3, 3), padding=(3, 3), dilation=(3, 3), groups=6),
-    "channel multiplier": ConvProblem(1, 3, 9, (4, 5), (2, 3), padding=(1, 2), groups=3),
+    "channel multiplier": ConvProblem(1, 2, 6, (3, 4), (2, 3), padding=(1, 2), groups=2),
     "no valid tap": ConvProblem(1, 3, 4, (3, 3), (2, 2), stride=(4, 4), padding=(6, 6), dilation=(9, 9)),
     "empty batch": ConvProblem(0, 3, 4, (5, 5), (3, 3)),
 }  # fmt: skip
@@ -31,6 +31,9 @@ TOLERANCE = {
     torch.bfloat16: dict(rtol=8e-3, atol=1e-3),
     torch.float16: dict(rtol=1e-3, atol=1e-3),
 }
+# float32 runs everything; the other dtypes differ in loads and in the rounding of the result only.
+RUNS = [(name, torch.float32) for name in PROBLEMS]
+RUNS += [(name, dtype) for name in ("dense", "depthwise") for dtype in (torch.bfloat16, torch.float16)]
 
 
 def _geometry(problem: ConvProblem) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
@@ -53,20 +56,18 @@ def _truth(x: Tensor, weight: Tensor, norm: list, residual: Tensor | None, eps: 
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize(("name", "dtype"), RUNS, ids=str)
 def test_sums_are_finished(interpret: Interpret, name: str, dtype: torch.dtype, layout: torch.memory_format) -> None:
     problem = PROBLEMS[name]
     x, weight, norm = tensors_of(problem, dtype, layout)
     residual = torch.randn(problem.batch, problem.out_channels, *problem.out_size).to(dtype)
     epilogues = [("none", None), ("relu", residual.contiguous(memory_format=layout)), ("relu6", residual)]
-    # The other dtypes differ in loads and in the rounding of the result only.
     for activation, add in epilogues if dtype is torch.float32 else epilogues[-1:]:
         arguments = (x, weight, norm, add, 1e-3, *BOUNDS[activation], *_geometry(problem))
         result = interpret(interpreted.call, "conv_bn_act", "conv_bn_act", *arguments)
         assert result.dtype is dtype
         torch.testing.assert_close(result.double(), _truth(*arguments), **TOLERANCE[dtype])
-    if dtype is torch.float32:
+    if name in ("several tiles", "depthwise"):
         again = interpret(interpreted.call, "conv_bn_act", "conv_bn_act", *arguments)
         assert torch.equal(result, again), "the same inputs, other bits"
 

@@ -21,15 +21,14 @@ LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 SHAPES = {
     "ragged": (2, 5, 7, 6),
     "blocks of channels": (2, 70, 5, 9),
-    "blocks of pixels": (3, 3, 40, 41),
-    "several parts": (2, 2, 47, 50),
+    "several parts": (1, 2, 47, 50),
     "one value": (1, 1, 1, 1),
     "one pixel": (5, 35, 1, 1),
     "no image": (0, 3, 4, 4),
 }
 # float32 runs everything; the other dtypes differ in loads and in the rounding of results only.
 PASSES = [(shape, torch.float32) for shape in SHAPES]
-PASSES += [("ragged", torch.bfloat16), ("ragged", torch.float16), ("several parts", torch.bfloat16)]
+PASSES += [("ragged", torch.bfloat16), ("ragged", torch.float16)]
 CONVOLUTIONS = [(name, torch.float32) for name in PROBLEMS]
 CONVOLUTIONS += [(name, dtype) for name in ("dense", "depthwise") for dtype in (torch.bfloat16, torch.float16)]
 # A rounding of the result, where it has 16 bits (the interpreter cuts bfloat16 off). float32 differs by the order of sums of a
@@ -57,7 +56,7 @@ def test_passes(interpret: Interpret, shape: str, dtype: torch.dtype, layout: st
         assert ours.dtype is torch.float32
         # Inputs are exact whatever their dtype, so only sums of float32 err.
         torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=1e-6)
-    for bounds in BOUNDS.values():
+    for bounds in BOUNDS.values() if shape == "ragged" else [BOUNDS["relu6"]]:
         norm = (x, mean, scale, shift, *bounds)
         ours = _call(interpret, "batch_norm_act", *norm)
         assert ours.stride() == x.stride()
@@ -96,6 +95,8 @@ def test_the_convolution_takes_its_statistics(interpret: Interpret, name: str, d
     # Of the output as it is written, which is what the backward pass reads.
     for ours, theirs in zip(statistics, reference.batch_norm_statistics(output.double()), strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+    if name not in ("several tiles", "depthwise"):
+        return
     for ours, again in zip(first, _call(interpret, "conv2d_statistics", x, weight, *geometry), strict=True):
         assert torch.equal(ours, again), "the same inputs, other bits"
 
@@ -118,14 +119,15 @@ STEPS = {
     "dense": PROBLEMS["dense"],
     "strided groups": PROBLEMS["strided groups"],
     "depthwise": PROBLEMS["depthwise"],
-    "one channel": ConvProblem(2, 3, 1, (13, 17), (3, 3), padding=(1, 1)),
+    "one channel": ConvProblem(2, 3, 1, (6, 7), (3, 3), padding=(1, 1)),
 }
+RUNS = [("dense", "relu6", training, layout) for training in (True, False) for layout in LAYOUTS]
+RUNS += [("dense", activation, True, "nhwc") for activation in ("relu", "none")]
+RUNS += [(name, "relu6", *how) for name in STEPS if name != "dense" for how in ((True, "nhwc"), (True, "nchw"), (False, "nhwc"))]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
-@pytest.mark.parametrize(("name", "activation"), [*((name, "relu6") for name in STEPS), ("dense", "relu"), ("dense", "none")])
-def test_a_step(interpret: Interpret, name: str, training: bool, activation: str, layout: str) -> None:
+@pytest.mark.parametrize(("name", "activation", "training", "layout"), RUNS)
+def test_a_step(interpret: Interpret, name: str, activation: str, training: bool, layout: str) -> None:
     problem = STEPS[name]
     x, weight, (gain, bias, mean, var) = tensors_of(problem, torch.float32, LAYOUTS[layout])
     options = dict(padding=problem.padding, dilation=problem.dilation, stride=problem.stride, groups=problem.groups)

@@ -16,15 +16,16 @@ from atrous_kernels.reference import pyramid_pool as reference
 from atrous_kernels.triton.pyramid_pool import LARGEST_CELL, plan_of
 
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+# The interpreter takes a few milliseconds for a program, of which every cell and bin has one: few of them.
 PROBLEMS = {
-    "PSPNet": ((2, 5, 12, 12), (1, 2, 3, 6)),
-    "bins that do not divide": ((2, 3, 13, 17), (1, 2, 3, 6)),
+    "PSPNet": ((1, 5, 6, 6), (1, 2, 3, 6)),
+    "bins that do not divide": ((2, 3, 5, 7), (1, 2, 3)),
     "long stretches": ((1, 3, 40, 21), (1,)),
-    "blocks of channels": ((1, 130, 5, 7), (2, 3)),
-    "finer than the map": ((1, 5, 3, 4), (7, 2)),
-    "pairs": ((2, 9, 10, 7), ((2, 3), 4, (1, 7))),
-    "one pixel": ((3, 4, 1, 1), (1, 3)),
-    "one channel": ((2, 1, 8, 20), (1, 6)),
+    "blocks of channels": ((1, 130, 2, 3), (2,)),
+    "finer than the map": ((1, 5, 2, 3), (5, 2)),
+    "pairs": ((1, 9, 5, 4), ((2, 3), (1, 4))),
+    "one pixel": ((2, 4, 1, 1), (1, 3)),
+    "one channel": ((2, 1, 5, 20), (1, 2)),
     "empty batch": ((0, 4, 6, 6), (1, 2)),
 }
 # Averages of a few hundred unit normals err by less than 1e-6 in float32; 16-bit results are rounded once, and the interpreter
@@ -36,7 +37,7 @@ TOLERANCE = {
 }
 # float32 runs everything; the other dtypes differ in loads and in the rounding of results only.
 RUNS = [(name, torch.float32) for name in PROBLEMS]
-RUNS += [(name, dtype) for name in ("bins that do not divide", "pairs") for dtype in (torch.bfloat16, torch.float16)]
+RUNS += [("bins that do not divide", dtype) for dtype in (torch.bfloat16, torch.float16)]
 
 
 def _truth(x: Tensor, bins: Sequence, mode: str, grads: list[Tensor]) -> list[Tensor]:
@@ -61,7 +62,7 @@ def test_against_float64(interpret: Interpret, name: str, mode: str, dtype: torc
         assert ours.dtype is dtype
         torch.testing.assert_close(ours.double(), theirs.detach(), **TOLERANCE[dtype])
     assert results[-2].stride() == x.stride() or x.numel() == 0
-    if dtype is not torch.float32:
+    if name != "pairs":
         return
     again = interpret(interpreted.public, "pyramid_pool", [x], dict(bins=bins, mode=mode), 1, grads)
     assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True)), "the same inputs, other bits"
@@ -70,14 +71,14 @@ def test_against_float64(interpret: Interpret, name: str, mode: str, dtype: torc
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_infinities_and_nan(interpret: Interpret, layout: str) -> None:
     # The first maximum wins, and a NaN wins over everything: the last one, in the order of reading.
-    x = torch.randint(-1, 2, (2, 33, 9, 20)).float()
+    x = torch.randint(-1, 2, (2, 6, 4, 20)).float()
     x[0, 0] = -torch.inf
-    x[0, 1, 2:5, 3:7] = torch.inf
-    x[1, 5:20, 4, ::3] = torch.nan
+    x[0, 1, 2:4, 3:7] = torch.inf
+    x[1, 2:5, 3, ::3] = torch.nan
     x = x.contiguous(memory_format=LAYOUTS[layout])
-    values, index = interpret(interpreted.call, "pyramid_pool", "pyramid_pool", x, [1, 1, 2, 2, 3, 3], True)
+    values, index = interpret(interpreted.call, "pyramid_pool", "pyramid_pool", x, [1, 1, 2, 2], True)
     begin = 0
-    for level in (1, 2, 3):
+    for level in (1, 2):
         expected, at = F.adaptive_max_pool2d(x, level, return_indices=True)
         here = slice(begin, begin + level * level)
         begin = here.stop
@@ -87,15 +88,15 @@ def test_infinities_and_nan(interpret: Interpret, layout: str) -> None:
 
 @pytest.mark.parametrize("maximum", [False, True])
 def test_any_strides(interpret: Interpret, maximum: bool) -> None:
-    wide = torch.full((4, 10, 14, 16), torch.nan)
-    wide[::2, ::2, ::2, ::2] = torch.randint(-3, 4, (2, 5, 7, 8)).float()
+    wide = torch.full((4, 10, 8, 10), torch.nan)
+    wide[::2, ::2, ::2, ::2] = torch.randint(-3, 4, (2, 5, 4, 5)).float()
     for x in (wide[::2, ::2, ::2, ::2], torch.ones(1, 1, 4, 5).expand(2, 3, 4, 5)):
-        ours = interpret(interpreted.call, "pyramid_pool", "pyramid_pool", x, [1, 1, 3, 3], maximum)
-        dense = interpret(interpreted.call, "pyramid_pool", "pyramid_pool", x.contiguous(), [1, 1, 3, 3], maximum)
+        ours = interpret(interpreted.call, "pyramid_pool", "pyramid_pool", x, [1, 1, 2, 2], maximum)
+        dense = interpret(interpreted.call, "pyramid_pool", "pyramid_pool", x.contiguous(), [1, 1, 2, 2], maximum)
         for a, b in zip(ours, dense, strict=True):
             torch.testing.assert_close(a, b)
-    grad = torch.randint(-2, 3, (1, 1, 3)).float().expand(2, 10, 3)
-    arguments = (grad, dense[1], [2, 3, 4, 5], [1, 1, 3, 3], False, True)
+    grad = torch.randint(-2, 3, (1, 1, 3)).float().expand(2, 5, 3)
+    arguments = (grad, dense[1], [2, 3, 4, 5], [1, 1, 2, 2], False, True)
     ours = interpret(interpreted.call, "pyramid_pool", "pyramid_pool_input", *arguments)
     torch.testing.assert_close(ours, reference.pyramid_pool_input(*arguments))
 
