@@ -69,7 +69,7 @@ class ModelConfig:
     name: str = _setting("deeplabv3_resnet50", "see segmodels.list_models()")
     output_stride: int = _setting(16, "pixels of the image per pixel of the encoder's output: 8, 16 or 32", low=8, high=32)
     weights_backbone: str | None = _setting(None, "classification weights of the backbone: imagenet, a file, or null")
-    weights: str | None = _setting(None, "start from the weights of this checkpoint of segmodels.train (a second stage)")
+    weights: str | None = _setting(None, "start from these weights: a checkpoint of segmodels.train, or a published network")
     aux_loss: bool = _setting(False, "add the auxiliary head")
     options: dict[str, Any] = _setting({}, "further arguments of create_model: rates, separable, multi_grid, ...")
 
@@ -115,6 +115,9 @@ class EvalConfig:
         [4.0, 67.0, 3.0, 3.0, 1.0], "w1, sigma_alpha, sigma_beta, w2, sigma_gamma of refine=crf", above=0, length=5
     )
     output_stride: int | None = _setting(None, "evaluate at another output stride than trained: 8, 16, 32", low=8, high=32)
+    canvas: list[int] | None = _setting(
+        None, "height and width onto which every image is placed, top left; larger ones are reduced to it", low=1, length=2
+    )
     limit: int | None = _setting(None, "at most this many images of the split", low=1)
     sheet: int = _setting(4, "rows of the picture image | truth | prediction; 0 draws none", low=0, high=64)
 
@@ -301,7 +304,7 @@ def _check_ranges(config: Config) -> None:
             value, meta = getattr(values, item.name), item.metadata
             entries = value if isinstance(value, list) else [value]
             wrong = [entry for entry in entries if entry is not None and not _in_range(entry, meta)]
-            if wrong or (meta["length"] is not None and len(entries) != meta["length"]):
+            if wrong or (meta["length"] is not None and value is not None and len(entries) != meta["length"]):
                 raise ConfigError(f"{section}.{item.name}={value!r}: expected {_expected(hints[item.name], meta)}")
     for key, value in (("model", config.model.output_stride), ("eval", config.eval.output_stride)):
         if value not in (None, 8, 16, 32):

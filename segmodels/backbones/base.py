@@ -82,11 +82,11 @@ def set_geometry(conv: nn.Conv2d, stride: int, rate: int) -> None:
     conv.padding = (rate * (conv.kernel_size[0] - 1) // 2, rate * (conv.kernel_size[1] - 1) // 2)
 
 
-def scaled_width(width: int, multiplier: float) -> int:
-    """``width * multiplier`` rounded to a multiple of 8, never below 90 % of it (the MobileNets' rule)."""
+def scaled_width(width: int, multiplier: float, divisor: int = 8) -> int:
+    """``width * multiplier`` rounded to a multiple of ``divisor``, never below 90 % of it (the MobileNets' rule)."""
     scaled = width * multiplier
-    rounded = max(8, int(scaled + 4) // 8 * 8)
-    return rounded + 8 if rounded < 0.9 * scaled else rounded
+    rounded = max(divisor, int(scaled + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * scaled else rounded
 
 
 class SamePaddedConv2d(Conv2d):

@@ -63,16 +63,7 @@ def load_backbone(backbone: Backbone, state: Mapping[str, Tensor], source: str) 
     state = _unfold_batch_norm(state, expected, backbone)
     # A name of the classifier may begin like one of ours (EfficientNet's two _bn1): ours wins.
     given = {k: v for k, v in state.items() if k in expected or not k.startswith(backbone.classifier_prefixes)}
-    problems = [f"missing {key}" for key in expected if key not in given and not key.endswith("num_batches_tracked")]
-    problems += [f"unexpected {key}" for key in given if key not in expected]
-    problems += [
-        f"{key} has shape {list(value.shape)}, expected {list(expected[key].shape)}"
-        for key, value in given.items()
-        if key in expected and value.shape != expected[key].shape
-    ]
-    if problems:
-        shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise ValueError(f"{source} does not fit {type(backbone).__name__}:\n  {shown}")
+    check_fit(given, expected, f"{source} does not fit {type(backbone).__name__}")
     backbone.load_state_dict(given, strict=False)
 
 
@@ -91,8 +82,32 @@ def _unfold_batch_norm(
         norm = backbone.get_submodule(name)
         assert isinstance(norm, nn.BatchNorm2d)
         del unfolded[key]
-        unfolded[f"{name}.weight"] = torch.ones_like(bias)
-        unfolded[f"{name}.bias"] = bias
-        unfolded[f"{name}.running_mean"] = torch.zeros_like(bias)
-        unfolded[f"{name}.running_var"] = torch.full_like(bias, 1 - norm.eps)
+        unfolded |= adding_batch_norm(bias, name, norm.eps)
     return unfolded
+
+
+def check_fit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], complaint: str) -> None:
+    """Raises ValueError that names every missing, unexpected or mis-shaped tensor; BatchNorm's counters may be missing."""
+    problems = [f"missing {key}" for key in expected if key not in given and not key.endswith("num_batches_tracked")]
+    problems += [f"unexpected {key}" for key in given if key not in expected]
+    problems += [
+        f"{key} has shape {list(value.shape)}, expected {list(expected[key].shape)}"
+        for key, value in given.items()
+        if key in expected and value.shape != expected[key].shape
+    ]
+    if problems:
+        shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
+        raise ValueError(f"{complaint}:\n  {shown}")
+
+
+def adding_batch_norm(bias: Tensor, name: str, eps: float = 1e-5) -> dict[str, Tensor]:
+    """The state of a BatchNorm that only adds ``bias``: what stands behind a convolution that it was folded into.
+
+    Exact in eval mode only; in training, batch statistics change the function at once.
+    """
+    return {
+        f"{name}.weight": torch.ones_like(bias),
+        f"{name}.bias": bias,
+        f"{name}.running_mean": torch.zeros_like(bias),
+        f"{name}.running_var": torch.full_like(bias, 1 - eps),
+    }

@@ -15,7 +15,7 @@ class SegmentationModel(nn.Module):
     """Backbone, classifier and, for training, an auxiliary classifier.
 
     A subclass defines ``_classify(features) -> logits``. Input ``[N, 3, H, W]``, floating point, normalised as the backbone
-    was trained; any size from 1 x 1.
+    was trained; any size from 1 x 1. ``align_corners`` is that of the final upsampling, and of the loss.
 
     Raises:
         TypeError: input is not a floating-point tensor.
@@ -28,8 +28,16 @@ class SegmentationModel(nn.Module):
     backbone: Backbone
     classifier: Any  # a module that has set_output_stride; its inputs are the system's own business
 
-    def __init__(self, backbone: Backbone, classifier: nn.Module, aux_classifier: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        classifier: nn.Module,
+        aux_classifier: nn.Module | None = None,
+        *,
+        align_corners: bool = False,
+    ) -> None:
         super().__init__()
+        self.align_corners = align_corners
         self.backbone = backbone
         self.classifier = classifier
         self.aux_classifier = aux_classifier
@@ -55,16 +63,16 @@ class SegmentationModel(nn.Module):
         return out
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """``{"out": [N, num_classes, H, W]}``, bilinear (``align_corners=False``); with ``"aux"`` as in :meth:`logits`."""
-        return {name: upsample(logits, x.shape[-2:]) for name, logits in self.logits(x).items()}
+        """``{"out": [N, num_classes, H, W]}``, upsampled bilinearly; with ``"aux"`` as in :meth:`logits`."""
+        return {name: upsample(logits, x.shape[-2:], self.align_corners) for name, logits in self.logits(x).items()}
 
     def _classify(self, features: dict[str, Tensor]) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} does not define its decoder")
 
 
-def upsample(x: Tensor, size: torch.Size) -> Tensor:
-    """Bilinear interpolation to ``size`` (height, width), pixel areas aligned (``align_corners=False``)."""
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+def upsample(x: Tensor, size: torch.Size, align_corners: bool = False) -> Tensor:
+    """Bilinear interpolation to ``size`` (height, width); by default pixel areas are aligned, not the centres of the corners."""
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=align_corners)
 
 
 def check_input(x: Tensor) -> None:

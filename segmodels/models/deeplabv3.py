@@ -24,6 +24,7 @@ class DeepLabV3(SegmentationModel):
         rates, separable, image_pooling, dropout: of the :class:`segmodels.heads.aspp.ASPP`.
         head_channels: width of ASPP.
         head_conv: torchvision's additional 3x3 convolution after ASPP; the paper has none.
+        align_corners: of the final upsampling; the authors' code has True, torchvision False.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class DeepLabV3(SegmentationModel):
         dropout: float = 0.5,
         head_channels: int = 256,
         head_conv: bool = True,
+        align_corners: bool = False,
     ) -> None:
         classifier = DeepLabHead(
             backbone.channels["out"],
@@ -49,7 +51,8 @@ class DeepLabV3(SegmentationModel):
             dropout=dropout,
             head_conv=head_conv,
         )
-        super().__init__(backbone, classifier, FCNHead(backbone.channels["aux"], num_classes) if aux_loss else None)
+        aux = FCNHead(backbone.channels["aux"], num_classes) if aux_loss else None
+        super().__init__(backbone, classifier, aux, align_corners=align_corners)
 
     def _classify(self, features: dict[str, Tensor]) -> Tensor:
         return self.classifier(features["out"])
