@@ -40,10 +40,11 @@ def create_model(
     Args:
         name: ``"deeplabv3_resnet50"`` (see :func:`list_models`), or a system's name with ``backbone=``.
         num_classes: channels of the logits.
-        output_stride: 8, 16 or 32: how far the backbone may reduce the image; by default the paper's, 16 for DeepLab and 8 for
-            PSPNet. Can be changed later with ``model.set_output_stride``.
+        output_stride: 4, 8, 16 or 32 (with ``cascade`` up to 256): how far the backbone may reduce the image; by default the
+            paper's, 16 for DeepLab, 8 for PSPNet and FCN. Can be changed later with ``model.set_output_stride``.
         backbone: with a system's name only.
-        multi_grid: rate factors of the blocks of the last stage of a ResNet (DeepLabv3, section 3.2.1).
+        multi_grid: rate factors of the blocks of the last stages of a ResNet (DeepLabv3, section 3.2.1), of the convolutions
+            of the last block of Xception.
         aux_loss: with an auxiliary head, active in training.
         weights: a published segmentation network (:mod:`segmodels.readers`). The arguments under which it computes what its
             authors' code computes become the defaults of this call; ``num_classes`` has to be its own.
@@ -53,8 +54,8 @@ def create_model(
             have; by default the one under which the backbone's weights were published.
         options: of the system (:class:`segmodels.models.DeepLabV3`, :class:`segmodels.models.DeepLabV3Plus`,
             :class:`segmodels.models.PSPNet`: ``rates``, ``bins``, ``dropout``, ``head_channels`` ...) or of the backbone
-            (:class:`segmodels.backbones.ResNet`: ``first_block``; :class:`segmodels.backbones.MobileNetV2`:
-            ``width_mult``, ``padding``).
+            (:class:`segmodels.backbones.ResNet`: ``stem``, ``stride_placement``, ``first_block``, ``cascade``;
+            :class:`segmodels.backbones.MobileNetV2`: ``width_mult``, ``padding`` ...).
 
     Raises:
         ValueError: unknown name or a value outside what is expected; TypeError: unknown argument. Both name the closest.
@@ -93,7 +94,8 @@ def create_model(
             )
     if output_stride is None:
         output_stride = system.default_output_stride
-    features = build_backbone(output_stride=output_stride, **{k: options[k] for k in options if k in backbone_keys})
+    backbone_options = {k: v for k, v in (system.backbone_options | options).items() if k in backbone_keys}
+    features = build_backbone(output_stride=output_stride, **backbone_options)
     if weights_backbone is not None:
         _load_weights(features, backbone_name, weights_backbone)
     features.input_mean = _three("input_mean", input_mean, features.input_mean)

@@ -24,6 +24,8 @@ class SegmentationModel(nn.Module):
 
     #: Where the caller does not say: the paper's.
     default_output_stride = 16
+    #: Options of the backbone, where it has them, in the paper's network.
+    backbone_options: dict[str, Any] = {}
 
     backbone: Backbone
     classifier: Any  # a module that has set_output_stride; its inputs are the system's own business
@@ -49,7 +51,7 @@ class SegmentationModel(nn.Module):
         return self.backbone.output_stride
 
     def set_output_stride(self, output_stride: int) -> None:
-        """Change stride and rates of the built, perhaps trained, model in place: 8, 16 or 32. Weights are untouched."""
+        """Change stride and rates of the built, perhaps trained, model in place; see the backbone's."""
         self.backbone.set_output_stride(output_stride)
         self.classifier.set_output_stride(output_stride)
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 import os
 
 from segmodels.backbones.weights import read_state_dict
-from segmodels.readers import mobilenet_deeplab
+from segmodels.readers import mobilenet_deeplab, semseg, smp, torchvision
 from segmodels.readers.published import Published, load_published
 
-READERS = (mobilenet_deeplab,)
+READERS = (torchvision, smp, semseg, mobilenet_deeplab)
 
 __all__ = ["READERS", "Published", "load_published", "read_published"]
 
