@@ -120,7 +120,8 @@ class ResNet(Backbone):
             base rate times the factor (section 3.2.1). None is all ones.
         first_block: base rate of the first block of a stage whose stride was removed. ``"previous"``: the rate before the
             stage, as torchvision (for bottlenecks that is the block's only 3x3 convolution). ``"full"``: the stage's own
-            rate, as PSPNet and the peers that set the rate of a whole stage. Same keys, different outputs.
+            rate, as PSPNet and the peers that set the rate of a whole stage. Same keys, different outputs. Of stride placement
+            ``"3x3"`` only: the others leave no choice.
         stem: ``"conv7"``, or ``"deep"``: 3x3 convolutions of ``stem_width`` (stride 2), ``stem_width`` and twice as many
             channels in its place; 64 as PSPNet (timm's ``s``), 32 as timm's ``c``.
         stride_placement: ``"3x3"``: in the 3x3 convolution of a stage's first block, as torchvision; ``"1x1"``: in its first
@@ -217,7 +218,8 @@ class ResNet(Backbone):
         grids = [1] * (len(blocks) - len(gridded)) + gridded
         plan = plan_geometry([block.native_stride for block in blocks], 4, output_stride)
         for block, grid, (stride, first_rate, rate) in zip(blocks, grids, plan, strict=True):
-            if self.first_block == "full" and self.stride_placement != "last":
+            # Behind a stride in the 1x1 convolution the 3x3 reads the new grid, before one at the end of a stage the old.
+            if self.stride_placement == "1x1" or (self.first_block == "full" and self.stride_placement == "3x3"):
                 first_rate = rate
             block.set_geometry(Geometry(stride, first_rate * grid, rate * grid))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from rich.console import Console
 from rich.table import Table
 
 from segmodels.config import ConfigError
@@ -41,15 +42,17 @@ def main(arguments: list[str] | None = None) -> int:
     rows = [summarise(name, tuple(flags.size), **options) for name in dict.fromkeys(names)]
     title = f"one image of {flags.size[0]} x {flags.size[1]}, {flags.num_classes} classes"
     # In a pipe the console takes itself for 80 columns wide and cuts the names.
-    console.print(table(rows, title), width=max(console.width, 120), crop=False, no_wrap=True)
+    wide = Console(width=max(console.width, 120))
+    wide.print(table(rows, title))
     for source in dict.fromkeys(row.source for row in rows):
-        console.print(f"- {source}", highlight=False, soft_wrap=True)
+        wide.print(f"- {source}", highlight=False, soft_wrap=True)
     return 0
 
 
 def table(rows: list[Summary], title: str) -> Table:
     """The summaries as they are printed."""
-    found = Table("model", title=title)
+    found = Table(title=title)
+    found.add_column("model", no_wrap=True)
     for column in ("parameters", "receptive field", "output stride", "dense GFLOP", "valid GFLOP", "valid share"):
         found.add_column(column, justify="right")
     for row in rows:

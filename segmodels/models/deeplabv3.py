@@ -44,8 +44,10 @@ class DeepLabV3(SegmentationModel):
         head_conv: bool = True,
         align_corners: bool = False,
     ) -> None:
-        classifier: nn.Module = PlainHead(backbone.channels["out"], num_classes)
-        if aspp:
+        classifier: nn.Module
+        if not aspp:
+            classifier = PlainHead(backbone.channels["out"], num_classes)
+        else:
             classifier = DeepLabHead(
                 backbone.channels["out"],
                 num_classes,

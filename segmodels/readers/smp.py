@@ -1,9 +1,9 @@
 """segmentation_models.pytorch: ``DeepLabV3``, ``DeepLabV3Plus`` and ``PSPNet`` on ResNet encoders, with their default settings.
 
 What a file cannot say is taken to be the peer's default: output stride 8 for DeepLabV3 and 16 for DeepLabV3Plus, ASPP rates
-12, 24 and 36 at that stride. Against the papers: separable convolutions have nothing between their two halves, DeepLabV3Plus has a
-further one behind ASPP and one less in the decoder, PSPNet reads a backbone of two stages and has 1x1 convolutions where the
-paper has 3x3; all upsampling outside ASPP aligns corners.
+12, 24 and 36 at that stride. Against the papers: separable convolutions have nothing between their two halves, DeepLabV3Plus
+has a further one behind ASPP and one less in the decoder, PSPNet reads a backbone of two stages and has 1x1 convolutions where
+the paper has 3x3; all upsampling outside ASPP aligns corners.
 """
 
 from __future__ import annotations

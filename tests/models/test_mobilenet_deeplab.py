@@ -144,3 +144,26 @@ def test_the_published_weights_segment_photographs(shared, monkeypatch, tmp_path
     # Two implementations may decide a tie of two classes differently.
     assert found["16_auto"]["miou"] == pytest.approx(found["16_torch"]["miou"], abs=1e-3)
     assert found["16_auto"]["config"]["model"]["options"]["align_corners"] is True
+
+
+# What a plain rebuild of the same graph in PyTorch scores on the same images under the same protocol, in percent.
+@pytest.mark.parametrize(
+    ("network", "output_stride", "miou", "accuracy"),
+    [("mobilenetv2", 16, 72.64, 93.59), ("mobilenetv2", 8, 73.13, 93.77),
+     ("mobilenetv2-half", 16, 67.96, 92.27), ("mobilenetv2-half", 8, 69.01, 92.44)],
+)  # fmt: skip
+def test_committed_results_reproduce_the_score(network, output_stride, miou, accuracy):
+    folder = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "published"
+    stem = f"deeplabv3_{network}_voc-subset_513x513_os{output_stride}"
+    found = {path.suffixes[0][1:]: json.loads(path.read_text()) for path in folder.glob(f"{stem}.*.json")}
+    backends = {name: found[name] for name in ("auto", "cpu", "torch", "reference") if name in found}
+    assert set(backends) >= ({"auto", "cpu", "torch", "reference"} if network == "mobilenetv2" else {"auto"})
+    for result in backends.values():
+        assert result["images"] == 160
+        assert 100 * result["miou"] == pytest.approx(miou, abs=0.1)
+        assert 100 * result["pixel_accuracy"] == pytest.approx(accuracy, abs=0.1)
+        # Implementations round in their own order: a pixel in a million may decide a tie differently.
+        assert result["miou"] == pytest.approx(backends["auto"]["miou"], abs=2e-5)
+    for name, result in found.items():
+        if name not in backends:  # averaged or refined
+            assert result["miou"] > backends["auto"]["miou"]
