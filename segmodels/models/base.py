@@ -19,7 +19,7 @@ class SegmentationModel(nn.Module):
 
     Raises:
         TypeError: input is not a floating-point tensor.
-        ValueError: input is not ``[N, 3, H, W]``, or has no pixels.
+        ValueError: input is not ``[N, 3, H, W]``, or has no pixels; in training, a map of one value per channel.
     """
 
     #: Where the caller does not say: the paper's.
@@ -58,6 +58,7 @@ class SegmentationModel(nn.Module):
     def logits(self, x: Tensor) -> dict[str, Tensor]:
         """``{"out": [N, num_classes, h, w]}`` before the final upsampling; with ``"aux"`` in training with aux_loss."""
         check_input(x)
+        self._check_statistics(x)
         features = self.backbone(x)
         out = {"out": self._classify(features)}
         if self.training and self.aux_classifier is not None:
@@ -67,6 +68,17 @@ class SegmentationModel(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """``{"out": [N, num_classes, H, W]}``, upsampled bilinearly; with ``"aux"`` as in :meth:`logits`."""
         return {name: upsample(logits, x.shape[-2:], self.align_corners) for name, logits in self.logits(x).items()}
+
+    def _check_statistics(self, x: Tensor) -> None:
+        height, width = (-(-side // self.output_stride) for side in x.shape[2:])
+        if not self.training or x.shape[0] * height * width != 1:
+            return
+        if any(isinstance(module, nn.BatchNorm2d) and module.training for module in self.backbone.modules()):
+            raise ValueError(
+                f"training with one image of {x.shape[2]} x {x.shape[3]} pixels: at output stride {self.output_stride} its map "
+                "has one value per channel, so BatchNorm has no statistics. Use larger images, a batch of at least 2, or keep "
+                "BatchNorm in eval mode"
+            )
 
     def _classify(self, features: dict[str, Tensor]) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} does not define its decoder")

@@ -1,7 +1,7 @@
-"""The fully convolutional network on a dilated backbone: what the papers call the baseline, and torchvision ``fcn_resnet50``.
+"""Dilated FCN: Shelhamer, Long, Darrell, "Fully Convolutional Networks for Semantic Segmentation", 2015, on a dilated backbone.
 
-Shelhamer, Long, Darrell, "Fully Convolutional Networks for Semantic Segmentation", 2015, without its skips; output stride 8
-as the dilated ResNets of DeepLab and PSPNet.
+Without the skips of the paper; output stride 8 as the dilated ResNets of DeepLab and PSPNet. It is what their papers call the
+baseline, and torchvision ``fcn_resnet50``.
 """
 
 from __future__ import annotations

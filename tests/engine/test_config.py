@@ -26,7 +26,7 @@ from segmodels.config import SECTIONS, Config, ConfigError, describe, load_confi
         ("data.crop=[3]", r"data\.crop=\[3\]: expected list\[int\] of 2, >= 1"),
         ("data.crop=[3,0]", r"data\.crop=\[3, 0\]"),
         ("data.scale=[2,1]", r"data\.scale=\[2\.0, 1\.0\]: expected the smaller bound first"),
-        ("model.output_stride=12", r"model\.output_stride=12: expected 8, 16 or 32"),
+        ("model.output_stride=12", r"model\.output_stride=12: expected a power of two"),
         ("eval.scales=[]", r"eval\.scales=\[\]: expected at least one scale"),
         ("train=3", r"train=3.*expected keys of this section"),
         ("train.lr", r"override 'train\.lr': expected section\.key=value"),

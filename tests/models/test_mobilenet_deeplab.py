@@ -6,13 +6,17 @@ import json
 import os
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from segmodels import create_model, evaluate
+from segmodels import create_model, evaluate, predict, train
+from segmodels.data import create_dataset
+from segmodels.engine.build import load_trained
 from segmodels.readers import read_published
 
 RECIPE = "deeplabv3_mobilenetv2_os16_voc-subset_513x513_published"
@@ -20,7 +24,7 @@ RECIPE = "deeplabv3_mobilenetv2_os16_voc-subset_513x513_published"
 STAGES = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
 
 
-def fabricated(width: float = 0.5, seed: int = 0) -> dict[str, Tensor]:
+def fabricated(width: float = 0.5, seed: int = 0, classes: int = 21) -> dict[str, Tensor]:
     """The file's keys and shapes, of any width: 110 tensors, every convolution with the bias of its folded BatchNorm."""
     generator = torch.Generator().manual_seed(seed)
     state: dict[str, Tensor] = {}
@@ -44,7 +48,7 @@ def fabricated(width: float = 0.5, seed: int = 0) -> dict[str, Tensor]:
     add("aspp.conv1x1", 256, channels)
     add("aspp.image_pool", 256, channels)
     add("aspp.project", 256, 512)
-    add("classifier", 21, 256)
+    add("classifier", classes, 256)
     return state
 
 
@@ -120,6 +124,44 @@ def test_another_model_and_unknown_files_are_refused(tmp_path):
     save_file({"encoder.stage.weight": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match=r"no segmentation network that is known here: its keys begin encoder\.stage"):
         read_published(path)
+
+
+def test_training_from_published_weights_keeps_their_options(tmp_path):
+    """A checkpoint says what its network was: the file that it started from may be gone."""
+    dataset = create_dataset("synthetic", split="val", length=2)
+    path = tmp_path / "published.safetensors"
+    save_file(fabricated(0.25, classes=dataset.num_classes), path)
+    settings = [
+        "data.name=synthetic", "data.options.length=4", "data.options.size=64", "data.crop=[33,33]",
+        "model.name=deeplabv3_mobilenetv2", f"model.weights={path}", "train.lr=1e-12", "train.iterations=1",
+        "train.batch_size=2", "run.threads=1", "run.tensorboard=false", "eval.sheet=0",
+    ]  # fmt: skip
+    assert train.main(["--work-dir", str(tmp_path / "run"), *settings]) == 0
+    published = create_model("deeplabv3_mobilenetv2", dataset.num_classes, weights=path)
+    path.unlink()
+    model, config, _, origin = load_trained(str(tmp_path / "run" / "last.pt"), None, [])
+    assert (model.align_corners, model.backbone.input_mean, origin.iteration) == (True, (0.5,) * 3, 1)
+    assert config.model.options["padding"] == "same"
+    trained = model.state_dict()
+    for name, value in published.state_dict().items():
+        if name.endswith("weight"):  # a rate near zero, one step
+            torch.testing.assert_close(trained[name], value, rtol=0, atol=1e-6)
+
+
+def test_predict_with_published_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("ATROUS_SHARED", str(tmp_path))
+    path = tmp_path / "published.safetensors"
+    save_file(fabricated(0.25), path)
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    cv2.imwrite(str(tmp_path / "photo.png"), image)
+    command = ["--config", RECIPE, f"model.weights={path}", "eval.canvas=[33,33]", "--masks", "--output", str(tmp_path / "out")]
+    assert predict.main([*command, str(tmp_path / "photo.png")]) == 0
+    mask = cv2.imread(str(tmp_path / "out" / "photo_mask.png"), cv2.IMREAD_UNCHANGED)
+    assert mask.shape == (20, 30)
+    x = torch.zeros(1, 3, 33, 33)
+    x[:, :, :20, :30] = torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1) / 127.5 - 1
+    expected = twin(fabricated(0.25), x, 16)[0, :, :20, :30].argmax(0)
+    assert (torch.from_numpy(mask) == expected).float().mean() > 0.99  # float32 may decide ties of two classes differently
 
 
 @pytest.fixture(scope="module")

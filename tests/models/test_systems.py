@@ -109,6 +109,34 @@ def test_one_image_in_training_says_what_to_do():
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
+def test_one_value_per_channel_in_training_says_what_to_do(system):
+    model = tiny(system)
+    with pytest.raises(ValueError, match=r"one image of 5 x 3 pixels: at output stride \d+ its map has one value"):
+        model(torch.randn(1, 3, 5, 3))
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    assert model(torch.randn(1, 3, 5, 3))["out"].shape == (1, 5, 5, 3)
+
+
+def test_logits_at_coinciding_positions_do_not_depend_on_the_output_stride():
+    """ASPP's rates follow the stride; 97 = 32 * 3 + 1 pixels. Image pooling averages another map, so it is left out."""
+    model = tiny("deeplabv3", "resnet18", image_pooling=False, rates=(2, 4), head_conv=False).eval()
+    x = torch.randn(1, 3, 97, 97)
+    found = {}
+    with torch.no_grad():
+        for output_stride in (32, 16, 8):
+            model.set_output_stride(output_stride)
+            found[output_stride] = model.logits(x)["out"]
+    for output_stride in (16, 8):
+        step = 32 // output_stride
+        # The same products summed in another order: float32 rounding, relative to the largest value.
+        torch.testing.assert_close(
+            found[output_stride][..., ::step, ::step], found[32], rtol=0, atol=1e-5 * float(found[32].abs().max())
+        )
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("backbone", TINY)
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 def test_training_step(system, backbone, autocast):
