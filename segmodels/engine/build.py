@@ -105,7 +105,8 @@ def write_out_published_options(config: Config, raw: dict[str, Any]) -> None:
     """
     weights = config.model.weights
     if weights is not None and not is_checkpoint(weights):
-        options = read_published(weights).options
+        options = dict(read_published(weights).options)
+        options.pop("output_stride", None)  # has a setting of its own
         config.model.options = options | config.model.options
         raw["model"]["options"] = options | raw["model"]["options"]
 
