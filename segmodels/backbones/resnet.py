@@ -194,7 +194,10 @@ class ResNet(Backbone):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        x = conv_bn(self.conv1, self.bn1, x)
+        stem = self.conv1
+        if isinstance(stem, nn.Sequential):  # the last convolution's BatchNorm is bn1
+            x, stem = stem[:-1](x), stem[-1]
+        x = conv_bn(stem, self.bn1, x)
         x = F.max_pool2d(x, 3, stride=2, padding=1)
         features = {}
         for index, stage in enumerate(self._stages):
