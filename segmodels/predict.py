@@ -1,4 +1,4 @@
-"""``python -m segmodels.predict --checkpoint FILE --output DIR IMAGE_OR_FOLDER_OR_LIST ...``.
+"""``python -m segmodels.predict --checkpoint FILE --output DIR IMAGE_OR_FOLDER_OR_LIST ...`` (or ``--config RECIPE``).
 
 Writes a colour overlay as PNG for every image, of any size. A folder stands for all images in it and below, a ``.txt`` file
 for the paths in it, one per line (relative ones are looked for beside the list). A file that cannot be read is named and
@@ -36,10 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not 0 <= flags.alpha <= 1:
         raise ConfigError(f"--alpha {flags.alpha}: expected 0 to 1")
     files = collect_images(inputs)
-    model, config, _, state = load_trained(flags.checkpoint, overrides + flag_overrides(flags))
+    model, config, _, origin = load_trained(flags.checkpoint, flags.config, overrides + flag_overrides(flags))
     device = prepare_runtime(config)
     predictor = build_predictor(config, model.to(device), device)
-    colors = np.array(state["colors"], np.uint8)
+    colors = np.array(origin.colors, np.uint8)
     output = Path(flags.output)
     output.mkdir(parents=True, exist_ok=True)
 
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
             if flags.masks:
                 write_png(output / f"{name}_mask.png", label)
             reporter.update(done)
-    write_png(output / "legend.png", legend(state["classes"], colors, 480))
+    write_png(output / "legend.png", legend(origin.classes, colors, 480))
     say(f"wrote {len(files) - skipped} overlays and legend.png to {output}" + (f"; skipped {skipped}" if skipped else ""))
     return 1 if skipped else 0
 

@@ -9,12 +9,14 @@ from segmodels.backbones.base import OUTPUT_STRIDES, Backbone
 from segmodels.backbones.efficientnet_lite import EfficientNetLite
 from segmodels.backbones.mobilenetv2 import MobileNetV2
 from segmodels.backbones.resnet import ResNet
+from segmodels.backbones.xception import Xception65
 
 #: name -> constructor; takes ``output_stride`` and the backbone's own options
 BACKBONES: dict[str, Callable[..., Backbone]] = {
-    **{f"resnet{depth}": partial(ResNet, depth) for depth in (18, 34, 50, 101, 152)},
+    **{f"resnet{depth}": partial(ResNet, depth) for depth in (18, 34, 50, 101, 152, 269)},
     "mobilenetv2": MobileNetV2,
+    "xception65": Xception65,
     **{f"efficientnet_lite{variant}": partial(EfficientNetLite, variant) for variant in range(5)},
 }
 
-__all__ = ["BACKBONES", "OUTPUT_STRIDES", "Backbone", "EfficientNetLite", "MobileNetV2", "ResNet"]
+__all__ = ["BACKBONES", "OUTPUT_STRIDES", "Backbone", "EfficientNetLite", "MobileNetV2", "ResNet", "Xception65"]

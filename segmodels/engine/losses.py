@@ -22,12 +22,20 @@ class SegmentationLoss(nn.Module):
         weight: float ``[C]``, one factor per class, or None.
         label_smoothing: 0 to below 1.
         aux_weight: factor of the auxiliary loss.
+        align_corners: of the upsampling; the model's.
     """
 
     weight: Tensor | None
 
-    def __init__(self, weight: Tensor | None = None, label_smoothing: float = 0.0, aux_weight: float = 0.4) -> None:
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        aux_weight: float = 0.4,
+        align_corners: bool = False,
+    ) -> None:
         super().__init__()
+        self.align_corners = align_corners
         self.register_buffer("weight", weight, persistent=False)
         self.label_smoothing, self.aux_weight = label_smoothing, aux_weight
 
@@ -43,8 +51,9 @@ class SegmentationLoss(nn.Module):
             return logits.float().sum() * 0  # the mean over no pixels would be nan and end the training
         # computed in float32 whatever autocast chose: the exponentials of bf16 logits have two digits
         return atrous_kernels.upsample_cross_entropy(
-            logits, target, weight=self.weight, ignore_index=IGNORE_INDEX, label_smoothing=self.label_smoothing
-        )
+            logits, target, weight=self.weight, ignore_index=IGNORE_INDEX, label_smoothing=self.label_smoothing,
+            align_corners=self.align_corners,
+        )  # fmt: skip
 
 
 def balanced_weights(labels: Iterable[np.ndarray], num_classes: int, balance: float) -> Tensor:
