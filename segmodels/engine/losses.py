@@ -44,6 +44,9 @@ class SegmentationLoss(nn.Module):
         loss = self._cross_entropy(logits["out"], target)
         if "aux" in logits and self.aux_weight:
             loss = loss + self.aux_weight * self._cross_entropy(logits["aux"], target)
+        for name, scores in logits.items():
+            if name.startswith("scale"):
+                loss = loss + self._cross_entropy(scores, target)
         return loss
 
     def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
