@@ -47,8 +47,8 @@ def create_model(
         name: ``"deeplabv3_resnet50"`` (see :func:`list_models`), or a system's name with ``backbone=``.
         num_classes: channels of the logits.
         output_stride: 4, 8, 16 or 32 (with ``cascade`` up to 256): how far the backbone may reduce the image; by default the
-            paper's, 16 for DeepLab, 8 for PSPNet and FCN. Can be changed later with ``model.set_output_stride``; the systems before
-            DeepLabv3 have one stride only.
+            paper's, 16 for DeepLab, 8 for PSPNet and FCN. Can be changed later with ``model.set_output_stride``; the systems
+            before DeepLabv3 have one stride only.
         backbone: with a system's name only.
         multi_grid: rate factors of the blocks of the last stages of a ResNet (DeepLabv3, section 3.2.1), of the convolutions
             of the last block of Xception.
@@ -103,10 +103,10 @@ def create_model(
         output_stride = system.default_output_stride
     backbone_options = {k: v for k, v in (system.backbone_options | options).items() if k in backbone_keys}
     features = build_backbone(output_stride=output_stride, **backbone_options)
-    if weights_backbone is not None:
-        _load_weights(features, backbone_name, weights_backbone)
     features.input_mean = _three("input_mean", input_mean, features.input_mean)
     features.input_std = _three("input_std", input_std, features.input_std)
+    if weights_backbone is not None:
+        _load_weights(features, backbone_name, weights_backbone)
     return system(features, num_classes, aux_loss=aux_loss, **{k: options[k] for k in options if k in system_keys})
 
 

@@ -5,6 +5,7 @@ fc6 and fc7 run as convolutions (FCN, section 3.1); the first convolution is pad
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from atrous_kernels.nn import Conv2d
 from segmodels.backbones.classic import ClassicBackbone, grid_of, init_convolutions
+from segmodels.backbones.published import as_convolution, fold_caffe_input, renamed_layers, widen_input
 
 
 class Form(NamedTuple):
@@ -42,6 +44,7 @@ class AlexNet(ClassicBackbone):
         ValueError: an argument outside these.
     """
 
+    classifier_prefixes = ("classifier.6.",)
     output_strides = (32,)
     conv1: Conv2d
     conv2: Conv2d
@@ -64,8 +67,8 @@ class AlexNet(ClassicBackbone):
         self.form, self.in_channels, self.dropout = form, in_channels, dropout
         widths, groups, norm = FORMS[form]
         widths_scaled = [round(width * width_mult) for width in widths]
-        if any(width < 1 or width % group for width, group in zip(widths_scaled, groups, strict=True)):
-            raise ValueError(f"width_mult={width_mult}: expected widths {widths_scaled} that groups {list(groups)} divide")
+        if any(width < 1 or width % 2 for width in widths_scaled):
+            raise ValueError(f"width_mult={width_mult} makes widths {widths_scaled}: expected even ones, for the two groups")
         channels = in_channels
         for index, (width, kernel, group) in enumerate(zip(widths_scaled, KERNELS, groups, strict=True), 1):
             stride, border = (4, 100) if index == 1 else (1, kernel // 2)
@@ -92,6 +95,26 @@ class AlexNet(ClassicBackbone):
 
     def _apply_output_stride(self, output_stride: int) -> None:
         """There is one geometry only."""
+
+    def from_published(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """torchvision's file or Caffe's under our names: fc6 and fc7 as convolutions."""
+        layers = [*(f"conv{index}" for index in range(1, 6)), "fc6", "fc7"]
+        if self.form == "caffenet":
+            ours = renamed_layers(state, dict(zip(layers, layers, strict=True)), leave_out=("fc8",))
+            weight, bias = ours.get("conv1.weight"), ours.get("conv1.bias")
+            if weight is not None and bias is not None and weight.shape[1] == 3:
+                ours["conv1.weight"], ours["conv1.bias"] = fold_caffe_input(weight, bias, self.input_mean, self.input_std)
+        else:
+            published = [*(f"features.{index}" for index in (0, 3, 6, 8, 10)), "classifier.1", "classifier.4"]
+            names = dict(zip(published, layers, strict=True))
+            parts = ((key, key.rpartition(".")) for key in state)
+            ours = {f"{names.get(layer, layer)}.{kind}": state[key] for key, (layer, _, kind) in parts}
+        if "conv1.weight" in ours:
+            ours["conv1.weight"] = widen_input(ours["conv1.weight"], self.in_channels)
+        return ours | {
+            f"{name}.weight": as_convolution(ours[f"{name}.weight"], kernel)
+            for name, kernel in (("fc6", 6), ("fc7", 1)) if f"{name}.weight" in ours
+        }  # fmt: skip
 
     def centers(self) -> dict[str, float]:
         """As :meth:`segmodels.backbones.classic.ClassicBackbone.centers`, of ``out`` alone."""

@@ -6,6 +6,8 @@ last pool of 2x2. Keys are torchvision's; the auxiliary classifiers are left out
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from atrous_kernels.nn import Conv2d
 from segmodels.backbones.base import conv_bn
 from segmodels.backbones.classic import ClassicBackbone, grid_of, init_convolutions
+from segmodels.backbones.published import fold_caffe_input, renamed_layers, widen_input
 
 #: 1x1 | 3x3 reduce, 3x3 | 5x5 reduce, 5x5 | pool projection
 INCEPTIONS = {
@@ -97,6 +100,8 @@ class GoogLeNet(ClassicBackbone):
         if not width_mult > 0:
             raise ValueError(f"width_mult={width_mult}: expected a positive number")
         norm = form == "torchvision"
+        if norm:  # torchvision's own module brings its input to this
+            self.input_mean = self.input_std = (0.5, 0.5, 0.5)
         self.form, self.in_channels = form, in_channels
 
         def scaled(width: int) -> int:
@@ -137,7 +142,30 @@ class GoogLeNet(ClassicBackbone):
     def _apply_output_stride(self, output_stride: int) -> None:
         """There is one geometry only."""
 
+    def from_published(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Caffe's file under our names, which are torchvision's."""
+        if self.form == "torchvision":
+            ours = dict(state)
+        else:
+            ours = renamed_layers(state, _caffe_layers(), leave_out=("loss1*", "loss2*", "loss3*"))
+        weight, bias = ours.get("conv1.conv.weight"), ours.get("conv1.conv.bias")
+        if weight is not None and weight.shape[1] == 3:
+            if bias is not None and self.form == "caffe":
+                weight, ours["conv1.conv.bias"] = fold_caffe_input(weight, bias, self.input_mean, self.input_std)
+            ours["conv1.conv.weight"] = widen_input(weight, self.in_channels)
+        return ours
+
     def centers(self) -> dict[str, float]:
         """As :meth:`segmodels.backbones.classic.ClassicBackbone.centers`, of ``out`` alone; the inceptions are centred."""
         layers = [self.conv1.conv, self.pool, self.conv3.conv, self.pool, self.pool, self.last_pool, self.average_pool]
         return {"out": grid_of(layers).center}
+
+
+def _caffe_layers() -> dict[str, str]:
+    """Caffe's names -> ours."""
+    branches = {"1x1": "branch1", "3x3_reduce": "branch2.0", "3x3": "branch2.1", "5x5_reduce": "branch3.0",
+                "5x5": "branch3.1", "pool_proj": "branch4.1"}  # fmt: skip
+    layers = {"conv1/7x7_s2": "conv1.conv", "conv2/3x3_reduce": "conv2.conv", "conv2/3x3": "conv3.conv"}
+    for name in INCEPTIONS:
+        layers |= {f"inception_{name}/{theirs}": f"inception{name}.{ours}.conv" for theirs, ours in branches.items()}
+    return layers

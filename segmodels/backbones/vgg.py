@@ -7,6 +7,7 @@ padding. Keys of the convolutions are torchvision's.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -14,6 +15,14 @@ from torch import Tensor, nn
 
 from atrous_kernels.nn import Conv2d
 from segmodels.backbones.classic import ClassicBackbone, grid_of, init_convolutions
+from segmodels.backbones.published import (
+    VGG16_LAYERS,
+    as_convolution,
+    fold_caffe_input,
+    renamed_layers,
+    subsampled,
+    widen_input,
+)
 
 #: width and number of convolutions of each stage, all 3x3 and followed by a pool
 STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
@@ -102,8 +111,8 @@ class VGG16(ClassicBackbone):
             layers.append(nn.Identity())
             self.channels[f"pool{stage}"] = width
         self.features = nn.Sequential(*layers)
-        self.fc6: nn.Module | None = None
-        self.fc7: nn.Module | None = None
+        self.fc6: Conv2d | None = None
+        self.fc7: Conv2d | None = None
         self.dropout = dropout
         self.fully_connected = None if fc6 is None else FC6[fc6]
         if self.fully_connected is not None:
@@ -145,6 +154,34 @@ class VGG16(ClassicBackbone):
             self.features[index] = (
                 nn.MaxPool2d(self.pool, step, padding=self.pool // 3, ceil_mode=True) if kept else nn.Identity()
             )
+
+    def from_published(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """torchvision's file or Caffe's under our names: fc6 and fc7 as the convolutions that this geometry has."""
+        caffe = "conv1_1.0" in state
+        if caffe:
+            ours = renamed_layers(state, self.caffe_layers() | {"fc6": "fc6", "fc7": "fc7"}, leave_out=("fc8",))
+        else:
+            names = {"classifier.0": "fc6", "classifier.3": "fc7"}
+            parts = ((key, key.rpartition(".")) for key in state)
+            ours = {f"{names.get(layer, layer)}.{kind}": state[key] for key, (layer, _, kind) in parts}
+        weight, bias = ours.get("features.0.weight"), ours.get("features.0.bias")
+        if weight is not None and bias is not None and weight.shape[1] == 3:
+            if caffe:
+                weight, ours["features.0.bias"] = fold_caffe_input(weight, bias, self.input_mean, self.input_std)
+            ours["features.0.weight"] = widen_input(weight, self.in_channels)
+        keys = ("fc6.weight", "fc6.bias", "fc7.weight", "fc7.bias")
+        if self.fc6 is None:
+            return {key: value for key, value in ours.items() if key not in keys}
+        if all(key in ours for key in keys):
+            weight6, bias6, weight7, bias7 = (ours[key] for key in keys)
+            fc6, fc7 = (as_convolution(weight6, 7), bias6), (as_convolution(weight7, 1), bias7)
+            ours |= zip(keys, subsampled(fc6, fc7, self.channels["out"], self.fc6.kernel_size[0]), strict=True)
+        return ours
+
+    def caffe_layers(self) -> dict[str, str]:
+        """Caffe's names of the convolutions -> ours."""
+        ours = [f"features.{index}" for index, layer in enumerate(self.features) if isinstance(layer, Conv2d)]
+        return dict(zip(VGG16_LAYERS, ours, strict=True))
 
     def centers(self) -> dict[str, float]:
         """As :meth:`segmodels.backbones.classic.ClassicBackbone.centers`: of ``pool1`` to ``pool5`` and ``out``."""

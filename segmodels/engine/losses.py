@@ -16,7 +16,8 @@ IGNORE_INDEX = 255
 class SegmentationLoss(nn.Module):
     """``CE(out) + aux_weight * CE(aux)``; each ``[N, C, h, w]`` is upsampled bilinearly to the labels (DeepLabv3, Chen et al.
     2017, arXiv:1706.05587, section 4.1: keep the labels' detail), without storing it at that size. The auxiliary loss is
-    PSPNet's (Zhao et al. 2017, arXiv:1612.01105, section 3.3).
+    PSPNet's (Zhao et al. 2017, arXiv:1612.01105, section 3.3). Outputs ``"scale..."``, of the scales of one image, count like
+    ``"out"`` (DeepLab v2, Chen et al. 2016, arXiv:1606.00915, section 4.1.1).
 
     Args:
         weight: float ``[C]``, one factor per class, or None.

@@ -7,6 +7,7 @@ DeepLab-LargeFOV sees the image at two or three scales, and a small network says
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 

@@ -58,7 +58,7 @@ class SummedASPP(nn.Module):
 
 
 class DeepLabV2(MultiScaleModel):
-    """DeepLab v2; scores at stride 8, upsampled with aligned corners.
+    """DeepLab v2; scores at stride 8.
 
     Args:
         backbone: VGG-16 or a ResNet in the geometry of ``backbone_options``.
@@ -67,6 +67,7 @@ class DeepLabV2(MultiScaleModel):
         scales: of the image, fused by their maximum; (1, 0.75, 0.5) in the paper. In training each has its own loss.
         fc_channels, dropout: of the branches on VGG-16.
         freeze_batch_norm: a ResNet keeps its statistics and its BatchNorm's weights in training (the paper's batch is one image).
+        align_corners: of all interpolation; the authors' code has True.
 
     Raises:
         ValueError: unknown rates or scales.
@@ -87,6 +88,7 @@ class DeepLabV2(MultiScaleModel):
         fc_channels: int = 1024,
         dropout: float = 0.5,
         freeze_batch_norm: bool = True,
+        align_corners: bool = True,
     ) -> None:
         if isinstance(rates, str):
             if rates not in RATES:
@@ -97,7 +99,9 @@ class DeepLabV2(MultiScaleModel):
         vgg = isinstance(backbone, VGG16)
         classifier = SummedASPP(backbone.channels["out"], num_classes, rates, fc_channels if vgg else None, dropout)
         self.freeze_batch_norm = freeze_batch_norm
-        super().__init__(backbone, classifier, scales, supervise_scales=True, aux_loss=aux_loss)
+        super().__init__(
+            backbone, classifier, scales, supervise_scales=True, aux_loss=aux_loss, align_corners=align_corners
+        )
         self.average_pool = vgg and len(rates) == 1
         if freeze_batch_norm:
             for norm in self._norms():

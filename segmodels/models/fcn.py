@@ -91,7 +91,7 @@ class FCN32s(ClassicModel):
 
     default_output_stride = 32
     skips: tuple[str, ...] = ()
-    backbones = ("vgg16", "alexnet", "googlenet")
+    backbones: tuple[str, ...] = ("vgg16", "alexnet", "googlenet")
     backbone_options: dict[str, Any] = {"fc6": "fcn", "first_padding": 100}
 
     def __init__(
