@@ -151,6 +151,9 @@ class _ReceptiveField(TorchDispatchMode):
             if arguments.get("transposed"):
                 return side + (math.ceil(kernel / stride) - 1) * step, step / stride
             return side + (kernel - 1) * arguments["dilation"][0] * step, step * stride
+        if op == "conv2d_input":  # as a transposed convolution
+            kernel, stride = max(arguments["weight"].shape[2:]), arguments["stride"][0]
+            return side + (math.ceil(kernel / stride) - 1) * step, step / stride
         if op in ("max_pool2d_with_indices", "avg_pool2d"):
             kernel = arguments["kernel_size"][0]
             stride = (arguments.get("stride") or arguments["kernel_size"])[0]
