@@ -79,7 +79,7 @@ def load_backbone(backbone: Backbone, state: Mapping[str, Tensor], source: str) 
         ValueError: names every missing, unexpected or mis-shaped tensor; nothing is copied.
     """
     expected = backbone.state_dict()
-    state = _deep_stem(backbone.from_published(state))
+    state = backbone.from_published(_deep_stem(state))
     state = _unfold_batch_norm(state, expected, backbone)
     # A name of the classifier may begin like one of ours (EfficientNet's two _bn1): ours wins.
     given = {k: v for k, v in state.items() if k in expected or not k.startswith(backbone.classifier_prefixes)}

@@ -24,6 +24,8 @@ class SegmentationLoss(nn.Module):
         label_smoothing: 0 to below 1.
         aux_weight: factor of the auxiliary loss.
         align_corners: of the upsampling; the model's.
+        labels_at: ``"image"``, or ``"scores"``: instead of upsampling, the labels nearest to the grid of the logits, corners
+            aligned (DeepLab v1 and v2; for sizes of 8 k + 1, every eighth).
     """
 
     weight: Tensor | None
@@ -34,8 +36,10 @@ class SegmentationLoss(nn.Module):
         label_smoothing: float = 0.0,
         aux_weight: float = 0.4,
         align_corners: bool = False,
+        labels_at: str = "image",
     ) -> None:
         super().__init__()
+        self.labels_at = labels_at
         self.align_corners = align_corners
         self.register_buffer("weight", weight, persistent=False)
         self.label_smoothing, self.aux_weight = label_smoothing, aux_weight
@@ -51,6 +55,12 @@ class SegmentationLoss(nn.Module):
         return loss
 
     def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+        if self.labels_at == "scores":
+            rows, columns = (
+                torch.linspace(0, last - 1, n, device=target.device).round().long()
+                for last, n in zip(target.shape[1:], logits.shape[2:], strict=True)
+            )
+            target = target[:, rows][:, :, columns]
         if not bool((target != IGNORE_INDEX).any()):
             return logits.float().sum() * 0  # the mean over no pixels would be nan and end the training
         # computed in float32 whatever autocast chose: the exponentials of bf16 logits have two digits

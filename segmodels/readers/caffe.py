@@ -173,10 +173,11 @@ def _batch_norm(
 def _published(
     model: str, options: dict[str, Any], state: dict[str, Tensor], first: str, mean: tuple[float, float, float]
 ) -> Published:
-    """With the first convolution turned from blue first to red first, and the normalisation in the options."""
-    weight = state.get(f"{first}.weight")
-    if weight is not None and weight.dim() == 4 and weight.shape[1] == 3:
-        state[f"{first}.weight"] = weight[:, [2, 1, 0]].contiguous()
+    """With what reads the image turned from blue first to red first, and the normalisation in the options."""
+    for name in (first, "classifier.image.0"):  # of MSc
+        weight = state.get(f"{name}.weight")
+        if weight is not None and weight.dim() == 4 and weight.shape[1] == 3:
+            state[f"{name}.weight"] = weight[:, [2, 1, 0]].contiguous()
     options |= {"input_mean": [value / 255 for value in reversed(mean)], "input_std": [1 / 255] * 3}
     return Published(model, options, state)
 
