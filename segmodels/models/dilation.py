@@ -8,6 +8,7 @@ authors' networks for KITTI, VOC and CamVid, and Cityscapes (appendix).
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class FrontEnd(ClassicModel):
     default_output_stride = STRIDE
     backbones = ("vgg16",)
     backbone_options: dict[str, Any] = {"fc6": "front-end", "padding": False, "dense_pools": False}
+    tile: tuple[int, int] | None = None
 
     def __init__(self, backbone: Backbone, num_classes: int = 21, *, aux_loss: bool = False) -> None:
         final = Conv2d(backbone.channels["out"], num_classes, 1)
@@ -52,12 +54,19 @@ class FrontEnd(ClassicModel):
     def _context(self, num_classes: int) -> ContextModule | None:
         return None
 
+    def _in_context(self, scores: Tensor) -> Tensor:
+        if self.tile is None:
+            return self.classifier.context(scores)
+        rows = [[self.classifier.context(part) for part in row.split(self.tile[1], 3)] for row in scores.split(self.tile[0], 2)]
+        return torch.cat([torch.cat(row, 3) for row in rows], 2)
+
     def scores(self, x: Tensor) -> Tensor:
-        """``[N, num_classes, ceil(H / 8), ceil(W / 8)]``."""
-        for dim in (2, 3):
+        """``[N, num_classes, ceil(H / 8), ceil(W / 8)]``; with ``tile``, as much more as the last tiles need."""
+        for dim, tile in zip((2, 3), self.tile or (1, 1), strict=True):
             size = x.shape[dim]
-            x = x.index_select(dim, reflected(size, MARGIN, MARGIN + -size % STRIDE, x.device))
-        return self.classifier(self.backbone(x)["out"])
+            x = x.index_select(dim, reflected(size, MARGIN, MARGIN + -size % (STRIDE * tile), x.device))
+        scores = self.classifier.final(self.backbone(x)["out"])
+        return scores if len(self.classifier) == 1 else self._in_context(scores)
 
     def logits(self, x: Tensor) -> dict[str, Tensor]:
         """``{"out": [N, num_classes, H, W]}``."""
@@ -80,6 +89,9 @@ class Dilation8(FrontEnd):
     Args:
         context: ``"basic"`` (as for CamVid) or ``"large"`` (as for VOC: all zeros around the scores at once).
         noise: standard deviation of the context module's weights beside the identity (equation 5).
+        tile: rows and columns of scores that the context module sees at once, with zeros around, as in the authors' evaluation:
+            (66, 66) for VOC, (66, 91) for CamVid, (128, 128) for Cityscapes. None: the whole image. The front end does not
+            depend on it.
     """
 
     dilations: tuple[int, ...] = (1, 1, 2, 4, 8, 16, 1)
@@ -92,12 +104,17 @@ class Dilation8(FrontEnd):
         aux_loss: bool = False,
         context: str = "large",
         noise: float = 0.01,
+        tile: Sequence[int] | None = None,
     ) -> None:
         widths = {"basic": None, "large": LARGE_WIDTHS}
         if context not in widths:
             raise ValueError(f"context={context!r}: expected 'basic' or 'large'")
         if widths[context] is not None and len(self.dilations) != len(LARGE_WIDTHS):
             raise ValueError(f"context={context!r}: {type(self).__name__} has the basic one only")
+        if tile is not None:
+            if len(tile) != 2 or not all(isinstance(side, int) and side > 0 for side in tile):
+                raise ValueError(f"tile={tuple(tile)}: expected two positive integers, rows and columns of scores")
+            self.tile = (tile[0], tile[1])
         self._context_options = {"widths": widths[context], "pad_first": context == "large", "noise": noise}
         super().__init__(backbone, num_classes, aux_loss=aux_loss)
 
@@ -110,8 +127,16 @@ class Dilation7(Dilation8):
 
     dilations = (1, 1, 2, 4, 8, 1)
 
-    def __init__(self, backbone: Backbone, num_classes: int = 11, *, aux_loss: bool = False, noise: float = 0.01) -> None:
-        super().__init__(backbone, num_classes, aux_loss=aux_loss, context="basic", noise=noise)
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_classes: int = 11,
+        *,
+        aux_loss: bool = False,
+        noise: float = 0.01,
+        tile: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(backbone, num_classes, aux_loss=aux_loss, context="basic", noise=noise, tile=tile)
 
 
 class Dilation10(Dilation8):
@@ -119,8 +144,16 @@ class Dilation10(Dilation8):
 
     dilations = (1, 1, 2, 4, 8, 16, 32, 64, 1)
 
-    def __init__(self, backbone: Backbone, num_classes: int = 19, *, aux_loss: bool = False, noise: float = 0.01) -> None:
-        super().__init__(backbone, num_classes, aux_loss=aux_loss, context="basic", noise=noise)
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_classes: int = 19,
+        *,
+        aux_loss: bool = False,
+        noise: float = 0.01,
+        tile: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(backbone, num_classes, aux_loss=aux_loss, context="basic", noise=noise, tile=tile)
         self.upscore = Upscore(num_classes, 2 * STRIDE, STRIDE)
 
     def _upsample(self, scores: Tensor, size: torch.Size) -> Tensor:

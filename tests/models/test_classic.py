@@ -126,10 +126,22 @@ def test_training_step(name, autocast):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("name", ["fcn8s_vgg16", "dilation8_vgg16", "deeplabv2_vgg16", "attentiontoscale_vgg16"])
-def test_compile_and_export(name):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("fcn8s_vgg16", {"geometric_classes": 3}),
+        ("fcn32s_alexnet", {}),
+        ("fcn32s_googlenet", {}),
+        ("dilation8_vgg16", {}),
+        ("dilation10_vgg16", {"tile": (3, 3)}),
+        ("deeplabv1_vgg16", {"msc": True, "branch_channels": 8}),
+        ("deeplabv2_vgg16", {}),
+        ("attentiontoscale_vgg16", {}),
+    ],
+)
+def test_compile_and_export(name, options):
     torch._dynamo.reset()
-    model = narrow(name).eval()
+    model = narrow(name, **options).eval()
     x = torch.randn(1, 3, 33, 41)
     with torch.no_grad():
         expected = model(x)["out"]

@@ -51,6 +51,23 @@ def test_scores_are_those_of_the_reflected_image():
         assert out[:, :, -8:, :8:8].unique().numel() == 3  # beyond the last score: the last score
 
 
+def test_tiles_are_what_the_context_module_sees():
+    model = narrow("dilation8_vgg16", noise=0.3, tile=(2, 3))
+    x = torch.randn(1, 3, 25, 33)
+    with torch.no_grad():
+        scores = model.scores(x)
+        assert scores.shape[2:] == (4, 6)  # whole tiles of the reflected image
+        model.tile = None
+        front = narrow("frontend_vgg16")
+        front.load_state_dict({k: v for k, v in model.state_dict().items() if ".context." not in k})
+        for dim, after in ((2, MARGIN + 7), (3, MARGIN + 15)):
+            x = x.index_select(dim, reflected(x.shape[dim], MARGIN, after, x.device))
+        maps = front.classifier(front.backbone(x)["out"])
+        torch.testing.assert_close(scores[:, :, 2:, :3], model.classifier.context(maps[:, :, 2:, :3]))
+    with pytest.raises(ValueError, match=r"tile=\(2,\): expected two positive integers"):
+        narrow("dilation8_vgg16", tile=(2,))
+
+
 def test_dilation10_upsamples_with_its_transposed_convolution():
     model = narrow("dilation10_vgg16")
     scores = torch.randn(1, 3, 4, 5)
