@@ -49,6 +49,7 @@ class MultiScaleModel(ClassicModel):
     def logits(self, x: Tensor) -> dict[str, Tensor]:
         """``{"out": [N, num_classes, h, w]}`` at stride 8; in training with the scores of each scale."""
         check_input(x)
+        self._check_statistics(x)
         if len(self.scales) == 1:
             return {"out": self._scores(x)[0]}
         parts = [self._scores(rescale(x, scale, self.align_corners)) for scale in self.scales]

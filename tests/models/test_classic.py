@@ -10,6 +10,7 @@ from torch import nn
 from segmodels import create_model
 from segmodels.backbones import VGG16, AlexNet, GoogLeNet
 from segmodels.engine.losses import SegmentationLoss
+from segmodels.summary import summarise
 
 NARROW = {
     "fcn32s_vgg16": {}, "fcn16s_vgg16": {}, "fcn8s_vgg16": {}, "fcn32s_alexnet": {}, "fcn32s_googlenet": {},
@@ -188,3 +189,15 @@ def test_losses_of_scales_are_added():
     out = {name: torch.randn(1, 5, 9, 9) for name in ("out", "scale1", "scale0.75", "scale0.5")}
     expected = sum(F.cross_entropy(logits, target) for logits in out.values())
     torch.testing.assert_close(SegmentationLoss()(out, target), expected)
+
+
+def test_table_counts_containers_that_are_not_called_and_every_scale():
+    front, seven, largefov, attention = (
+        summarise(name, size=(65, 65), num_classes=11)
+        for name in ("frontend_vgg16", "dilation7_vgg16", "deeplabv1_vgg16", "attentiontoscale_vgg16")
+    )
+    assert seven.dense_flops - front.dense_flops == 2 * 9 * 9 * (6 * 9 * 11 * 11 + 11 * 11)
+    assert seven.receptive_field - front.receptive_field == 8 * 2 * (1 + 1 + 2 + 4 + 8 + 1)
+    body = largefov.dense_flops
+    # Scales 0.75 and 0.5 have maps of about (7 / 9)^2 and (5 / 9)^2 the size; the attention network comes on top.
+    assert 1.7 * body < attention.dense_flops - 2 * 81 * 9 * 3072 * 512 < 2.1 * body
