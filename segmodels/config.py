@@ -97,6 +97,10 @@ class TrainConfig:
     balance: float = _setting(
         0.0, "weights classes by pixel frequency ** -balance instead; 0 is off, 1 the full inverse", low=0, high=1
     )
+    labels_at: str = _setting(
+        "image", "where the loss compares: scores upsampled to the labels, or labels sampled on the grid of the scores",
+        choices=("image", "scores"),
+    )  # fmt: skip
     aux_weight: float = _setting(0.4, "weight of the auxiliary loss", low=0)
     clip_norm: float = _setting(0.0, "largest norm of the gradient; 0 is off", low=0)
     ema_decay: float = _setting(

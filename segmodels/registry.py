@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from segmodels.backbones import BACKBONES, Backbone
+from segmodels.backbones import BACKBONES, CLASSIC_BACKBONES, Backbone
 from segmodels.backbones.efficientnet_lite import imagenet_file
 from segmodels.backbones.weights import load_backbone, read_state_dict
 from segmodels.models import SYSTEMS, SegmentationModel
@@ -18,7 +18,13 @@ from segmodels.readers import load_published, read_published
 
 def list_models(pattern: str = "*") -> list[str]:
     """Names that :func:`create_model` takes, sorted; ``pattern`` as in a shell, for example ``"deeplabv3plus_*"``."""
-    return fnmatch.filter(sorted(f"{system}_{backbone}" for system in SYSTEMS for backbone in BACKBONES), pattern)
+    return fnmatch.filter(sorted(f"{system}_{backbone}" for system in SYSTEMS for backbone in backbones_of(system)), pattern)
+
+
+def backbones_of(system: str) -> dict[str, Callable[..., Backbone]]:
+    """The backbones that a system runs on: those that it names, otherwise all of :data:`BACKBONES`."""
+    named = SYSTEMS[system].backbones
+    return BACKBONES if named is None else {name: (BACKBONES | CLASSIC_BACKBONES)[name] for name in named}
 
 
 def create_model(
@@ -41,7 +47,8 @@ def create_model(
         name: ``"deeplabv3_resnet50"`` (see :func:`list_models`), or a system's name with ``backbone=``.
         num_classes: channels of the logits.
         output_stride: 4, 8, 16 or 32 (with ``cascade`` up to 256): how far the backbone may reduce the image; by default the
-            paper's, 16 for DeepLab, 8 for PSPNet and FCN. Can be changed later with ``model.set_output_stride``.
+            paper's, 16 for DeepLab, 8 for PSPNet and FCN. Can be changed later with ``model.set_output_stride``; the systems
+            before DeepLabv3 have one stride only.
         backbone: with a system's name only.
         multi_grid: rate factors of the blocks of the last stages of a ResNet (DeepLabv3, section 3.2.1), of the convolutions
             of the last block of Xception.
@@ -76,7 +83,7 @@ def create_model(
         load_published(model, published.state, os.fspath(weights))
         return model
     system = SYSTEMS[system_name]
-    build_backbone = BACKBONES[backbone_name]
+    build_backbone = backbones_of(system_name)[backbone_name]
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"num_classes={num_classes!r}: expected a positive integer")
     if not isinstance(aux_loss, bool):
@@ -96,10 +103,10 @@ def create_model(
         output_stride = system.default_output_stride
     backbone_options = {k: v for k, v in (system.backbone_options | options).items() if k in backbone_keys}
     features = build_backbone(output_stride=output_stride, **backbone_options)
-    if weights_backbone is not None:
-        _load_weights(features, backbone_name, weights_backbone)
     features.input_mean = _three("input_mean", input_mean, features.input_mean)
     features.input_std = _three("input_std", input_std, features.input_std)
+    if weights_backbone is not None:
+        _load_weights(features, backbone_name, weights_backbone)
     return system(features, num_classes, aux_loss=aux_loss, **{k: options[k] for k in options if k in system_keys})
 
 
@@ -108,18 +115,17 @@ def _split_name(name: str, backbone: str | None) -> tuple[str, str]:
         system, _, backbone_name = name.partition("_")
         if system in SYSTEMS and not backbone_name:
             raise ValueError(
-                f"model {name!r} needs a backbone: create_model({name!r}, backbone={next(iter(BACKBONES))!r})"
+                f"model {name!r} needs a backbone: create_model({name!r}, backbone={next(iter(backbones_of(name)))!r})"
             )
-        if system not in SYSTEMS or backbone_name not in BACKBONES:
+        if system not in SYSTEMS or backbone_name not in backbones_of(system):
             raise ValueError(f"unknown model {name!r}{_closest(name, list_models())}; list_models() has all names")
         return system, backbone_name
     if name not in SYSTEMS:
         hint = "; the name already has a backbone" if name in list_models() else _closest(name, SYSTEMS)
         raise ValueError(f"with backbone={backbone!r}, name={name!r}: expected one of {', '.join(SYSTEMS)}{hint}")
-    if backbone not in BACKBONES:
-        raise ValueError(
-            f"unknown backbone {backbone!r}{_closest(backbone, BACKBONES)}; expected one of {', '.join(BACKBONES)}"
-        )
+    known = backbones_of(name)
+    if backbone not in known:
+        raise ValueError(f"unknown backbone {backbone!r}{_closest(backbone, known)}; expected one of {', '.join(known)}")
     return name, backbone
 
 

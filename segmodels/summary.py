@@ -71,13 +71,13 @@ def summarise(name: str, size: tuple[int, int] = (513, 513), **options: Any) -> 
 
 
 @contextmanager
-def _sizes(model: nn.Module) -> Iterator[dict[nn.Module, torch.Size]]:
-    """Height and width of what every called module reads, while the block runs."""
-    seen: dict[nn.Module, torch.Size] = {}
+def _sizes(model: nn.Module) -> Iterator[dict[nn.Module, list[torch.Size]]]:
+    """Height and width of what every called module reads, call by call, while the block runs."""
+    seen: dict[nn.Module, list[torch.Size]] = {}
 
     def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         if inputs and isinstance(inputs[0], Tensor) and inputs[0].dim() == 4:
-            seen[module] = inputs[0].shape[2:]
+            seen.setdefault(module, []).append(inputs[0].shape[2:])
 
     handles = [module.register_forward_pre_hook(note) for module in model.modules()]
     try:
@@ -87,34 +87,33 @@ def _sizes(model: nn.Module) -> Iterator[dict[nn.Module, torch.Size]]:
             handle.remove()
 
 
-def _costs(model: nn.Module, seen: dict[nn.Module, torch.Size]) -> Iterator[tuple[int, int]]:
+def _costs(model: nn.Module, seen: dict[nn.Module, list[torch.Size]]) -> Iterator[tuple[int, int]]:
     """Dense and valid operations of every convolution that the call reached."""
 
-    def visit(module: nn.Module, around: torch.Size | None) -> Iterator[tuple[int, int]]:
-        size = seen.get(module, around)
-        if size is None:
-            return
-        if isinstance(module, nn.ConvTranspose2d):
-            taps = module.weight[0].numel() * module.in_channels * size[0] * size[1]
-            yield 2 * taps, 2 * taps
-        elif isinstance(module, nn.Conv2d):
-            problem = ConvProblem(
-                1, module.in_channels, module.out_channels, (size[0], size[1]), _pair(module.kernel_size),
-                _pair(module.stride), _pair(module.padding), _pair(module.dilation), module.groups,
-            )  # fmt: skip
-            yield problem.dense_flops, problem.valid_flops
+    def visit(module: nn.Module, around: list[torch.Size]) -> Iterator[tuple[int, int]]:
+        sizes = seen.get(module, around)
+        for size in sizes:
+            if isinstance(module, nn.ConvTranspose2d):
+                taps = module.weight[0].numel() * module.in_channels * size[0] * size[1]
+                yield 2 * taps, 2 * taps
+            elif isinstance(module, nn.Conv2d):
+                problem = ConvProblem(
+                    1, module.in_channels, module.out_channels, (size[0], size[1]), _pair(module.kernel_size),
+                    _pair(module.stride), _pair(module.padding), _pair(module.dilation), module.groups,
+                )  # fmt: skip
+                yield problem.dense_flops, problem.valid_flops
         # A module that computes its parts itself (ASPP, pyramid pooling) calls no hook of theirs: they read what it reads, and
         # behind a pooling, its bins.
         for child in module.children():
             if isinstance(child, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)):
                 side = child.output_size
                 assert isinstance(side, int)
-                size = torch.Size([side, side])
-            yield from visit(child, size)
+                sizes = [torch.Size([side, side])] * len(sizes)
+            yield from visit(child, sizes)
 
     reached = [child for name, child in model.named_children() if name != "aux_classifier"]
     for child in reached:
-        yield from visit(child, None)
+        yield from visit(child, [])
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -151,6 +150,9 @@ class _ReceptiveField(TorchDispatchMode):
             if arguments.get("transposed"):
                 return side + (math.ceil(kernel / stride) - 1) * step, step / stride
             return side + (kernel - 1) * arguments["dilation"][0] * step, step * stride
+        if op == "conv2d_input":  # as a transposed convolution
+            kernel, stride = max(arguments["weight"].shape[2:]), arguments["stride"][0]
+            return side + (math.ceil(kernel / stride) - 1) * step, step / stride
         if op in ("max_pool2d_with_indices", "avg_pool2d"):
             kernel = arguments["kernel_size"][0]
             stride = (arguments.get("stride") or arguments["kernel_size"])[0]

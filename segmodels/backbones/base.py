@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -60,6 +60,10 @@ class Backbone(nn.Module):
             raise ValueError(f"output_stride={output_stride!r}: expected one of {', '.join(map(str, self.output_strides))}")
         self._apply_output_stride(output_stride)
         self.output_stride = output_stride
+
+    def from_published(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A published classification file under our names; here, they are the file's."""
+        return state
 
     def _apply_output_stride(self, output_stride: int) -> None:
         raise NotImplementedError(f"{type(self).__name__} does not define how it changes its output stride")

@@ -127,6 +127,7 @@ class ResNet(Backbone):
         stride_placement: ``"3x3"``: in the 3x3 convolution of a stage's first block, as torchvision; ``"1x1"``: in its first
             1x1 convolution, as the paper and its Caffe models; ``"last"``: in the 3x3 convolution of the last block of the
             stage before, as the authors of DeepLabv3. Same keys, different outputs.
+        ceil_mode: the max pool rounds its size up, as Caffe's (DeepLab v2).
         stages: 4; with fewer the last ones are left out, and ``aux`` is the stage before ``out``.
         cascade: further stages behind layer4, copies of it (DeepLabv3, section 3.2, block5 to block7): up to 3.
         width_mult: factor on all widths; 1 is the published network.
@@ -146,6 +147,7 @@ class ResNet(Backbone):
         stem: str = "conv7",
         stem_width: int = 64,
         stride_placement: str = "3x3",
+        ceil_mode: bool = False,
         stages: int = 4,
         cascade: int = 0,
         width_mult: float = 1.0,
@@ -160,7 +162,7 @@ class ResNet(Backbone):
             raise ValueError(f"cascade={cascade!r}: expected 0 to 3 stages behind layer4")
         if stages not in ((4,) if cascade else (2, 3, 4)):
             raise ValueError(f"stages={stages!r}: expected 2 to 4, and 4 with a cascade")
-        self.first_block, self.stride_placement = first_block, stride_placement
+        self.first_block, self.stride_placement, self.ceil_mode = first_block, stride_placement, ceil_mode
         self.output_strides = (4, 8, 16, 32, 64, 128, 256)[: stages + cascade]
         block: type[BasicBlock] | type[Bottleneck] = Bottleneck if bottleneck else BasicBlock
         widths = [round(width * width_mult) for width in WIDTHS]
@@ -198,7 +200,7 @@ class ResNet(Backbone):
         if isinstance(stem, nn.Sequential):  # the last convolution's BatchNorm is bn1
             x, stem = stem[:-1](x), stem[-1]
         x = conv_bn(stem, self.bn1, x)
-        x = F.max_pool2d(x, 3, stride=2, padding=1)
+        x = F.max_pool2d(x, 3, stride=2, padding=1, ceil_mode=self.ceil_mode)
         features = {}
         for index, stage in enumerate(self._stages):
             if index == 0 and self.stride_placement == "last":

@@ -1,4 +1,4 @@
-"""Published weights: safetensors, or PyTorch files that contain tensors and nothing else."""
+"""Published weights: safetensors, PyTorch files that contain tensors and nothing else, and Caffe's."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from segmodels.backbones.base import Backbone
+from segmodels.backbones.caffemodel import read_caffemodel
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors``, ``.pth`` or ``.pt`` file, on the CPU. No code of the file is ever run.
+    """The tensors of a ``.safetensors``, ``.pth``, ``.pt`` or ``.caffemodel`` file, on the CPU. No code of the file is ever run.
 
     Raises:
         FileNotFoundError: no such file.
@@ -34,9 +35,12 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             return load_file(file)
         except SafetensorError as error:
             raise ValueError(f"{str(file)!r} is not a readable safetensors file: {error}") from error
+    if file.suffix == ".caffemodel":
+        return read_caffemodel(file)
     if file.suffix not in (".pth", ".pt"):
         raise ValueError(
-            f"weights file {str(file)!r}: expected .safetensors, .pth or .pt, not {file.suffix or 'a name without suffix'!r}"
+            f"weights file {str(file)!r}: expected .safetensors, .pth, .pt or .caffemodel, not "
+            f"{file.suffix or 'a name without suffix'!r}"
         )
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
@@ -75,7 +79,7 @@ def load_backbone(backbone: Backbone, state: Mapping[str, Tensor], source: str) 
         ValueError: names every missing, unexpected or mis-shaped tensor; nothing is copied.
     """
     expected = backbone.state_dict()
-    state = _deep_stem(state)
+    state = backbone.from_published(_deep_stem(state))
     state = _unfold_batch_norm(state, expected, backbone)
     # A name of the classifier may begin like one of ours (EfficientNet's two _bn1): ours wins.
     given = {k: v for k, v in state.items() if k in expected or not k.startswith(backbone.classifier_prefixes)}

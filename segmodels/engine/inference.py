@@ -82,6 +82,21 @@ class Predictor:
             classes = probabilities.argmax(1)
         return classes[0].to(torch.uint8).cpu().numpy()
 
+    @torch.inference_mode()
+    def attention(self, image: np.ndarray) -> np.ndarray:
+        """How much each scale counts in :class:`segmodels.models.AttentionToScale`: float32 ``[scales, H, W]``.
+
+        Raises:
+            ValueError: a model without attention.
+        """
+        if not hasattr(self.model, "attention"):
+            raise ValueError(f"{type(self.model).__name__} has no attention maps: expected attentiontoscale_*")
+        images, (height, width) = self._placed(image)
+        with _evaluating(self.model), torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            maps = self.model.attention(images.to(self.device).contiguous(memory_format=self.layout))  # type: ignore[operator]
+        maps = F.interpolate(maps[..., :height, :width].float(), size=list(image.shape[:2]), mode="bilinear", align_corners=False)
+        return maps[0].cpu().numpy()
+
     def _placed(self, image: np.ndarray) -> tuple[Tensor, tuple[int, int]]:
         """The normalised image ``[1, 3, H, W]``, on the canvas where there is one, and the height and width it covers."""
         height, width = image.shape[:2]

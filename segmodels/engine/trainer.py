@@ -83,6 +83,7 @@ class Trainer:
             settings.label_smoothing,
             settings.aux_weight,
             align_corners=bool(getattr(model, "align_corners", False)),
+            labels_at=settings.labels_at,
         ).to(device)
         self.loader: ResumableLoader = build_loader(
             train_set,

@@ -24,6 +24,8 @@ class SegmentationModel(nn.Module):
 
     #: Where the caller does not say: the paper's.
     default_output_stride = 16
+    #: The backbones that it runs on, or None: all of :data:`segmodels.backbones.BACKBONES`.
+    backbones: tuple[str, ...] | None = None
     #: Options of the backbone, where it has them, in the paper's network.
     backbone_options: dict[str, Any] = {}
 
@@ -89,15 +91,16 @@ def upsample(x: Tensor, size: torch.Size, align_corners: bool = False) -> Tensor
     return F.interpolate(x, size=size, mode="bilinear", align_corners=align_corners)
 
 
-def check_input(x: Tensor) -> None:
+def check_input(x: Tensor, channels: int = 3) -> None:
     """Refuse what would fail somewhere inside the network with a message about something else."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"input: expected a tensor [N, 3, H, W], not {type(x).__name__}")
+        raise TypeError(f"input: expected a tensor [N, {channels}, H, W], not {type(x).__name__}")
     if x.dim() != 4:
-        raise ValueError(f"input of shape {list(x.shape)}: expected 4 dimensions [N, 3, H, W]")
+        raise ValueError(f"input of shape {list(x.shape)}: expected 4 dimensions [N, {channels}, H, W]")
     if not x.is_floating_point():
         raise TypeError(f"input of dtype {x.dtype}: expected normalised floating-point values")
-    if x.shape[1] != 3:
-        raise ValueError(f"input of shape {list(x.shape)}: expected 3 channels (RGB) in dimension 1, not {x.shape[1]}")
+    if x.shape[1] != channels:
+        kind = " (RGB)" if channels == 3 else ""
+        raise ValueError(f"input of shape {list(x.shape)}: expected {channels} channels{kind} in dimension 1, not {x.shape[1]}")
     if x.shape[2] == 0 or x.shape[3] == 0:
         raise ValueError(f"input of shape {list(x.shape)}: expected at least 1 x 1 pixels")

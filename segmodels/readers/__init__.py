@@ -11,16 +11,16 @@ from __future__ import annotations
 import os
 
 from segmodels.backbones.weights import read_state_dict
-from segmodels.readers import mobilenet_deeplab, semseg, smp, torchvision
+from segmodels.readers import caffe, kazuto_deeplabv2, mobilenet_deeplab, semseg, smp, torchvision
 from segmodels.readers.published import Published, load_published
 
-READERS = (torchvision, smp, semseg, mobilenet_deeplab)
+READERS = (torchvision, smp, semseg, mobilenet_deeplab, kazuto_deeplabv2, caffe)
 
 __all__ = ["READERS", "Published", "load_published", "read_published"]
 
 
 def read_published(path: str | os.PathLike[str]) -> Published:
-    """What a ``.safetensors``, ``.pth`` or ``.pt`` file holds. No code of the file is ever run.
+    """What a ``.safetensors``, ``.pth``, ``.pt`` or ``.caffemodel`` file holds. No code of the file is ever run.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`segmodels.backbones.weights.read_state_dict`.

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from segmodels import create_model, list_models
 from segmodels.backbones import BACKBONES
 from segmodels.backbones.weights import load_backbone, read_state_dict
-from segmodels.models import SYSTEMS, DilatedFCN, PSPNet
+from segmodels.models import SYSTEMS
 
 
 def test_list_models():
@@ -26,7 +26,7 @@ def test_every_name_builds(name):
     with torch.device("meta"):
         model = create_model(name, num_classes=4)
     assert type(model) is SYSTEMS[name.partition("_")[0]]
-    assert model.output_stride == (8 if isinstance(model, (DilatedFCN, PSPNet)) else 16)
+    assert model.output_stride == type(model).default_output_stride
 
 
 def test_both_spellings_build_the_same():
@@ -100,7 +100,7 @@ def test_file_with_code_is_refused_and_not_run(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("weights.bin", b"", r"expected .safetensors, .pth or .pt, not '.bin'"),
+        ("weights.bin", b"", r"expected .safetensors, .pth, .pt or .caffemodel, not '.bin'"),
         ("weights", b"", "a name without suffix"),
         ("empty.pth", b"", "cannot be read as plain tensors"),
         ("noise.pth", b"\x00noise" * 50, "cannot be read as plain tensors"),
