@@ -20,7 +20,8 @@ def test_attention_to_scale_trains_and_draws_its_maps(tmp_path) -> None:
     settings = [setting for setting in SETTINGS if not setting.startswith("model.")]
     settings += [
         "model.name=attentiontoscale_vgg16", "model.output_stride=8", "model.options.width_mult=0.0625",
-        "model.options.attention_channels=8", "train.iterations=2", "train.labels_at=scores", f"data.root={camvid}",
+        "model.options.attention_channels=8", "train.iterations=2", "train.warmup_iterations=0",
+        "train.labels_at=scores", f"data.root={camvid}",
     ]  # fmt: skip
     assert train.main(["--work-dir", str(tmp_path / "run"), *settings]) == 0
     image = np.random.default_rng(0).integers(0, 256, (20, 31, 3), dtype=np.uint8)
