@@ -75,7 +75,7 @@ def _cases() -> list[Case]:
     return cases
 
 
-def _gpu_cases() -> list[Case]:
+def gpu_cases() -> list[Case]:
     """Training batches in bf16; rate 1 first: where the framework's time does not fall with the rate, it skips no taps."""
     bf16 = torch.bfloat16
     cases = [Case("ASPP", 16, 2048, 256, 33, rate, dtype=bf16) for rate in (1, 6, 12, 18)]
@@ -86,7 +86,7 @@ def _gpu_cases() -> list[Case]:
     return cases
 
 
-CASES = _cases() if DEVICE == "cpu" else _gpu_cases()
+CASES = _cases() if DEVICE == "cpu" else gpu_cases()
 BACKENDS = ("auto", "winograd", "cpu") if DEVICE == "cpu" else ("auto", "triton", "cuda")
 
 
