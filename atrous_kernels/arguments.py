@@ -18,6 +18,7 @@ from atrous_kernels.ops import pyramid_pool as _pyramid_pool_op
 from atrous_kernels.ops import upsample_concat as _upsample_concat_op
 from atrous_kernels.ops import upsample_cross_entropy as _upsample_cross_entropy_op
 from atrous_kernels.ops.aspp import ConvBN
+from atrous_kernels.ops.conv_bn_act import BOUNDS
 from atrous_kernels.problem import ConvProblem, UpsampleProblem, out_extent
 
 Size = int | Sequence[int]
@@ -176,8 +177,8 @@ def check_conv_bn_relu(
     padding = as_pair("padding", padding)
     check_geometry(input, weight, None, stride, padding, dilation, groups, False)
     _check_norm(weight, norm, training)
-    if activation not in _conv_bn_relu_op.BOUNDS:
-        raise ValueError(f"activation={activation!r}: expected one of {', '.join(_conv_bn_relu_op.BOUNDS)}")
+    if activation not in BOUNDS:
+        raise ValueError(f"activation={activation!r}: expected one of {', '.join(BOUNDS)}")
     if residual is not None:
         sizes = zip(input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
         height, width = (out_extent(*a) for a in sizes)

@@ -141,8 +141,8 @@ def pyramid_pool(input: Tensor, bins: Sequence[Size] = (1, 2, 3, 6), *, mode: st
         bins: per level the rows and columns of its grid: an int for both, or a pair. Any number of levels; grids need not
             divide the map (bins then overlap) and may be finer than it.
         mode: ``"avg"`` or ``"max"`` (on a tie the gradient goes to the first pixel in reading order).
-        backend: ``"auto"``, ``"cpu"``, ``"cuda"`` (16 levels at most), ``"torch"`` (the framework's own, level by level) or
-            ``"reference"``.
+        backend: ``"auto"``, ``"cpu"``, ``"triton"``, ``"cuda"`` (16 levels at most), ``"torch"`` (the framework's own, level by
+            level) or ``"reference"``.
 
     Returns:
         Per level ``[N, C, rows, columns]``, equal to :func:`torch.nn.functional.adaptive_avg_pool2d` or
@@ -255,8 +255,8 @@ def conv_bn_relu(
         activation: ``"relu"``, ``"relu6"`` or ``"none"``.
         residual: ``[N, O, H', W']``, added before the activation, as at the end of a residual block.
         process_group: of :mod:`torch.distributed`, on any device: statistics of the batches of all its processes together.
-        backend: ``"auto"``, ``"cpu"``, ``"torch"`` (the framework's batch_norm) or ``"reference"``; the convolution inside an
-            ``"auto"`` call chooses for itself.
+        backend: ``"auto"``, ``"cpu"``, ``"triton"``, ``"torch"`` (the framework's batch_norm) or ``"reference"``; the
+            convolution inside an ``"auto"`` call chooses for itself.
 
     Returns:
         ``[N, O, H', W']``, sizes and layout as :func:`conv2d`.
@@ -359,9 +359,9 @@ def upsample_cross_entropy(
 
     Raises:
         TypeError, ValueError: wrong types, sizes or options; the message names the value and what was expected.
-        RuntimeError: a label that is neither a class nor ``ignore_index``; a ``backend`` that cannot run. On a GPU nobody waits
-            for the kernels: there "triton" fails with an assertion on the device, as the framework's own loss does, and "cuda"
-            gives NaN for the loss and the gradient of such a pixel.
+        RuntimeError: a label that is neither a class nor ``ignore_index``; a ``backend`` that cannot run. "triton" and "cuda" do
+            not wait for their kernels, so there such a label gives NaN instead: for the loss and the gradient of its pixel, and
+            so for a sum, a mean and the whole gradient of a mean.
         NotImplementedError: a second derivative.
 
     Where a gradient will be needed, it is computed at low resolution together with the loss. Sources: upsampling the logits

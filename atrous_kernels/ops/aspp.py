@@ -18,7 +18,13 @@ from atrous_kernels import dispatch, native
 from atrous_kernels.dispatch import Implementation
 from atrous_kernels.ops import conv2d as conv
 from atrous_kernels.ops import conv_bn_relu as fused
+from atrous_kernels.ops.aspp_branches import aspp_branches, aspp_branches_act
+from atrous_kernels.ops.batch_norm_act import train
+from atrous_kernels.ops.conv_bn_act import NATIVE_DTYPES, conv_bn_act
 from atrous_kernels.problem import ConvProblem
+from atrous_kernels.reference.conv_bn_relu import sum_type
+from atrous_kernels.triton import runtime
+from atrous_kernels.triton.aspp import MOST_BRANCHES
 
 
 class ConvBN(NamedTuple):
@@ -85,9 +91,13 @@ class AsppProblem:
 def _cpu_can_run(problem: AsppProblem) -> str | None:
     if problem.device_type != "cpu":
         return f"runs on the CPU, not on {problem.device_type}"
-    if problem.dtype not in fused.NATIVE_DTYPES:
-        return f"{problem.dtype} is not one of {', '.join(map(str, fused.NATIVE_DTYPES))}"
+    if problem.dtype not in NATIVE_DTYPES:
+        return f"{problem.dtype} is not one of {', '.join(map(str, NATIVE_DTYPES))}"
     return native.cpu_missing()
+
+
+def _triton_can_run(problem: AsppProblem) -> str | None:
+    return next((reason for reason in map(runtime.can_run, problem.convs) if reason is not None), None)
 
 
 def _torch_can_run(problem: AsppProblem) -> str | None:
@@ -137,9 +147,13 @@ def aspp(
             backend=backend,
         )
 
-    widths = [branch.weight.shape[0] for branch in (*branches, *((pooling,) if pooling is not None else ()))]
     norm = fused.Normalisation(projection[1:5], projection.training, projection.momentum, projection.eps, process_group)
+    others = (projection,) if pooling is None else (projection, pooling)
+    if process_group is None and _fits_one_launch(input, branches, others, backend):
+        pooled = None if pooling is None else layer(input.mean((2, 3), keepdim=True), pooling)
+        return _together(input, branches, projection, pooled, norm)
     weight, bias = norm.fold(input, projection.weight, backend)
+    widths = [branch.weight.shape[0] for branch in (*branches, *((pooling,) if pooling is not None else ()))]
     parts = weight.split(widths, dim=1)
     inner = fused.inner_backend(input, projection.training, process_group, backend)
     total: Tensor | None = None
@@ -156,6 +170,68 @@ def aspp(
 _POINTWISE = (1, 1), (0, 0), (1, 1), 1
 
 
+def _fits_one_launch(input: Tensor, branches: Sequence[ConvBN], others: Sequence[ConvBN], backend: str) -> bool:
+    """Whether Triton's kernel for all branches was asked for, and their normalisations are alike.
+
+    ``others``, the projection and image pooling, have to be in the same mode.
+    """
+    first = branches[0]
+    kinds = {(b.eps, b.bn_weight is None, b.bn_bias is None) for b in branches}
+    modes = {b.training for b in (*branches, *others)}
+    too_large = input.shape[0] * input.shape[2] * input.shape[3] > runtime.MAX_PIXELS  # the composition says so
+    if len(branches) > MOST_BRANCHES or len(kinds) > 1 or len(modes) > 1 or too_large:
+        return False
+    leaves = [t for b in (*branches, *others) for t in b[:3]]
+    # Constant statistics with gradients are folded into the weights, branch by branch.
+    if not first.training and fused.gradients_wanted(input, *leaves):
+        return False
+    return fused.chosen(input, first.training, None, "relu", backend) == "triton"
+
+
+def _together(
+    input: Tensor, branches: Sequence[ConvBN], projection: ConvBN, pooled: Tensor | None, norm: fused.Normalisation
+) -> Tensor:
+    """All branches in one launch, then the projection of all their channels as one convolution."""
+    training, eps = branches[0].training, branches[0].eps
+    input, weight, pooled, *weights = fused.autocast(input, projection.weight, pooled, *(b.weight for b in branches))
+    dilations = [rate for branch in branches for rate in branch.dilation]
+    gain, bias = _side_by_side([b.bn_weight for b in branches]), _side_by_side([b.bn_bias for b in branches])
+    of_maps = sum(w.shape[0] for w in weights)
+    weight, of_pooled = weight.split([of_maps, weight.shape[1] - of_maps], dim=1)
+    share = None if pooled is None else conv.conv2d(pooled, of_pooled, None, *_POINTWISE, "triton")
+    if training:
+        maps, mean, moment = aspp_branches(input, weights, dilations)
+        maps, mean, moment, count = train(maps, gain, bias, eps, "relu", "triton", None, (mean, moment))
+        at = 0
+        for branch in branches:
+            here = slice(at, at + branch.weight.shape[0])
+            at = here.stop
+            if branch.running_mean is not None and branch.running_var is not None and count > 0:
+                statistics = (branch.running_mean, branch.running_var, mean[here], moment[here], count, branch.momentum)
+                fused.update_running(*statistics)
+        total = conv.conv2d(maps, weight, None, *_POINTWISE, "triton")
+        total = total if share is None else _add(total, share)
+        return norm.apply(total, folded=False, activation="relu", backend="triton")
+    mean, var = _side_by_side([b.running_mean for b in branches]), _side_by_side([b.running_var for b in branches])
+    assert mean is not None
+    assert var is not None
+    maps = aspp_branches_act(input, weights, dilations, gain, bias, mean, var, eps, "relu")
+    p_gain, p_bias, p_mean, p_var = projection[1:5]
+    assert p_mean is not None
+    assert p_var is not None
+    residual = None
+    if share is not None:  # the same at every pixel; it is added after the normalisation, so it is scaled beforehand
+        scale = p_var.to(sum_type(share.dtype)).add(projection.eps).rsqrt()
+        scale = scale if p_gain is None else scale * p_gain
+        residual = (share * scale[:, None, None]).expand(-1, -1, *maps.shape[2:])
+    return conv_bn_act(maps, weight, p_gain, p_bias, p_mean, p_var, residual, projection.eps, "relu", *_POINTWISE, "triton")
+
+
+def _side_by_side(vectors: Sequence[Tensor | None]) -> Tensor | None:
+    present = [vector for vector in vectors if vector is not None]
+    return torch.cat(present) if present else None
+
+
 def _add(total: Tensor, share: Tensor) -> Tensor:
     # Neither gradient needs the sum's terms. Views of some convolutions (the reference) may not be overwritten.
     return total + share if torch.compiler.is_compiling() or total._is_view() else total.add_(share)
@@ -169,6 +245,7 @@ dispatch.register(
     "aspp",
     [
         Implementation("cpu", _run, _cpu_can_run, _fine),
+        Implementation("triton", _run, _triton_can_run, conv.gpu_unmeasured),
         Implementation("torch", _run, _torch_can_run, _fine),
         Implementation("reference", _run, _fine, _last_resort),
     ],

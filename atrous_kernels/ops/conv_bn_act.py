@@ -19,6 +19,8 @@ from atrous_kernels.ops import winograd
 from atrous_kernels.problem import ConvProblem
 from atrous_kernels.reference import conv2d as reference_conv2d
 from atrous_kernels.reference import conv_bn_relu as reference
+from atrous_kernels.triton import conv_bn_act as triton
+from atrous_kernels.triton.runtime import can_run as triton_can_run
 
 Ints = Sequence[int]
 #: bn_weight, bn_bias, mean, var
@@ -130,6 +132,12 @@ def _winograd(
     return _native(input, weight, ready, norm, residual, eps, activation, geometry, tile)
 
 
+def _triton(
+    input: Tensor, weight: Tensor, norm: Norm, residual: Tensor | None, eps: float, activation: str, *geometry: Any
+) -> Tensor:
+    return triton.conv_bn_act(input, weight, norm, residual, eps, *BOUNDS[activation], *geometry)
+
+
 def _framework(
     input: Tensor, weight: Tensor, norm: Norm, residual: Tensor | None, eps: float, activation: str, *geometry: Any
 ) -> Tensor:
@@ -190,6 +198,7 @@ dispatch.register(
     [
         Implementation("winograd", _winograd, winograd.can_run, _winograd_loses),
         Implementation("cpu", _cpu, _cpu_can_run, _cpu_loses),
+        Implementation("triton", _triton, triton_can_run, conv.gpu_unmeasured),
         Implementation("torch", _framework, _always, _always),
         Implementation("reference", _reference, _always, _last_resort),
     ],

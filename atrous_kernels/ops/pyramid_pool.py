@@ -19,6 +19,8 @@ from atrous_kernels import dispatch, native
 from atrous_kernels.dispatch import Implementation
 from atrous_kernels.ops.conv2d import cuda_can_run, gpu_unmeasured, is_channels_last
 from atrous_kernels.reference import pyramid_pool as reference
+from atrous_kernels.triton import pyramid_pool as triton
+from atrous_kernels.triton import runtime
 
 _library = torch.library.Library("atrous", "FRAGMENT")
 _library.define("pyramid_pool(Tensor input, SymInt[] bins, bool maximum, str backend) -> (Tensor, Tensor)")
@@ -204,6 +206,10 @@ def _cpu_can_run(problem: PyramidProblem) -> str | None:
     return _has_large_planes(problem) or native.cpu_missing()
 
 
+def _triton_can_run(problem: PyramidProblem) -> str | None:
+    return _has_large_planes(problem) or runtime.unavailable(problem.device_type, problem.dtype)
+
+
 def _cuda_can_run(problem: PyramidProblem) -> str | None:
     if len(problem.bins) > 32:
         return f"its plan holds 16 levels, not {len(problem.bins) // 2}"
@@ -227,6 +233,7 @@ for _name, _framework_run in (("pyramid_pool", _framework), ("pyramid_pool_input
         _name,
         [
             Implementation("cpu", _native, _cpu_can_run, _always),
+            Implementation("triton", getattr(triton, _name), _triton_can_run, gpu_unmeasured),
             Implementation("cuda", _native, _cuda_can_run, gpu_unmeasured),
             Implementation("torch", _framework_run, _always, _always),
             Implementation("reference", getattr(reference, _name), _always, _last_resort),

@@ -25,6 +25,7 @@ from atrous_kernels.problem import out_extent
 from atrous_kernels.triton import depthwise_conv2d as depthwise
 from atrous_kernels.triton import launch_table
 from atrous_kernels.triton.common import sum_splits, tile_pixels
+from atrous_kernels.triton.epilogue import Epilogue, finish, store_moments
 from atrous_kernels.triton.runtime import (
     Launch,
     can_run,
@@ -49,6 +50,46 @@ Ints = Sequence[int]
 # Forward and input gradient -------------------------------------------------------------------------------------------
 
 
+@kernel()
+def accumulate(
+    source_pixels, source_channels, source_c, source_h, source_w, tap_step_h, tap_step_w,
+    weight_read_at, weight_written_at, weight_read, weight_h, weight_w, kernel_step_h, kernel_step_w,
+    kernel_row, kernel_col, taps_h, taps_w, read, channels_read, written, channels_written,
+    RAGGED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A tile's sums over its valid taps and blocks of the channels read.
+
+    ``source_pixels`` are addresses at the first valid tap, ``source_channels`` offsets of the first block of channels.
+    """
+    channel_blocks = tl.cdiv(channels_read, BLOCK_K)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(taps_h * taps_w * channel_blocks):
+        tap = step // channel_blocks
+        first_channel = (step % channel_blocks) * BLOCK_K
+        # Promoted before the strides come in: these are the products that leave 32 bits.
+        channel = tl.cast(first_channel, tl.int64)
+        tap_row = tl.cast(tap // taps_w, tl.int64)
+        tap_col = tl.cast(tap % taps_w, tl.int64)
+        source_shift = tap_row * tap_step_h * source_h + tap_col * tap_step_w * source_w + channel * source_c
+        weight_shift = (kernel_row + tap_row * kernel_step_h) * weight_h + (kernel_col + tap_col * kernel_step_w) * weight_w
+        weight_shift = weight_shift + channel * weight_read
+        # Added up in the loop: a tile of 64-bit pointers kept across it would spill where loads are not vectors.
+        source_tile = source_pixels[:, None] + (source_channels + source_shift)[None, :]
+        weight_tile = (weight_read_at + weight_shift)[:, None] + weight_written_at[None, :]
+        if RAGGED:
+            exists = first_channel + read < channels_read
+            a = tl.load(source_tile, mask=exists[None, :], other=0.0)
+            b = tl.load(weight_tile, mask=exists[:, None] & (written < channels_written)[None, :], other=0.0)
+        else:
+            a = tl.load(source_tile)
+            b = tl.load(weight_tile)
+        if WIDEN:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    return total
+
+
 @kernel(do_not_specialize=["rectangles", "batch", "column_blocks", "tap_step_h", "tap_step_w"])
 def _correlate(
     source, weight, bias, target, table, rectangles, batch, column_blocks,
@@ -57,7 +98,9 @@ def _correlate(
     weight_group, weight_read, weight_written, weight_h, weight_w,
     target_n, target_c, target_h, target_w,
     source_step_h, source_step_w, tap_step_h, tap_step_w, kernel_step_h, kernel_step_w, target_step_h, target_step_w,
+    mean, var, gain, residual, residual_n, residual_c, residual_h, residual_w, parts,
     RECTANGLES: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    EPS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One [BLOCK_M pixels, BLOCK_N channels] tile of the target; the grid is (tiles x column blocks, groups).
@@ -84,48 +127,34 @@ def _correlate(
     weight_read_at = weight + group * weight_group + read.to(tl.int64) * weight_read
     weight_written_at = written.to(tl.int64) * weight_written
 
-    channel_blocks = tl.cdiv(channels_read, BLOCK_K)
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(taps_h * taps_w * channel_blocks):
-        tap = step // channel_blocks
-        first_channel = (step % channel_blocks) * BLOCK_K
-        # Promoted before the strides come in: these are the products that leave 32 bits.
-        channel = tl.cast(first_channel, tl.int64)
-        tap_row = tl.cast(tap // taps_w, tl.int64)
-        tap_col = tl.cast(tap % taps_w, tl.int64)
-        source_shift = tap_row * tap_step_h * source_h + tap_col * tap_step_w * source_w + channel * source_c
-        weight_shift = (kernel_row + tap_row * kernel_step_h) * weight_h + (kernel_col + tap_col * kernel_step_w) * weight_w
-        weight_shift = weight_shift + channel * weight_read
-        # Added up in the loop: a tile of 64-bit pointers kept across it would spill where loads are not vectors.
-        source_tile = source_pixels[:, None] + (source_channels + source_shift)[None, :]
-        weight_tile = (weight_read_at + weight_shift)[:, None] + weight_written_at[None, :]
-        if RAGGED:
-            exists = first_channel + read < channels_read
-            a = tl.load(source_tile, mask=exists[None, :], other=0.0)
-            b = tl.load(weight_tile, mask=exists[:, None] & (written < channels_written)[None, :], other=0.0)
-        else:
-            a = tl.load(source_tile)
-            b = tl.load(weight_tile)
-        if WIDEN:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        total = tl.dot(a, b, total, input_precision=PRECISION)
+    total = accumulate(
+        source_pixels, source_channels, source_c, source_h, source_w, tap_step_h, tap_step_w,
+        weight_read_at, weight_written_at, weight_read, weight_h, weight_w, kernel_step_h, kernel_step_w,
+        kernel_row, kernel_col, taps_h, taps_w, read, channels_read, written, channels_written,
+        RAGGED, PRECISION, WIDEN, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
 
     in_range = written < channels_written
     out_channel = group * channels_written + written
-    if bias is not None:
-        total += tl.load(bias + out_channel, mask=in_range, other=0.0).to(tl.float32)[None, :]
+    total = finish(
+        total, inside, image, target_row, target_col, out_channel, in_range,
+        bias, mean, var, gain, residual, residual_n, residual_c, residual_h, residual_w, EPS, LOW, HIGH,
+    )  # fmt: skip
+    result = total.to(target.dtype.element_ty)
     target_pixels = target + image * target_n + target_row * target_h + target_col * target_w
     tl.store(
         target_pixels[:, None] + (out_channel * target_c)[None, :],
-        total.to(target.dtype.element_ty),
+        result,
         mask=inside[:, None] & in_range[None, :],
     )
+    if parts is not None:
+        store_moments(parts, tile, channels_written * tl.num_programs(1), out_channel, in_range, result, inside)
 
 
 def _correlation(
-    source: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, axes: Axes, groups: int, gradient: bool
+    source: Tensor, weight: Tensor, target: Tensor, axes: Axes, groups: int, gradient: bool, epilogue: Epilogue
 ) -> list[Launch]:
-    """The launch that writes ``target`` from ``source``: the output, or for ``gradient`` the input gradient."""
+    """The launches that write ``target`` from ``source``: the output, or for ``gradient`` the input gradient."""
     out_channels, in_channels = weight.shape[0] // groups, weight.shape[1]
     weight_out, weight_in, weight_h, weight_w = weight.stride()
     if gradient:
@@ -134,24 +163,30 @@ def _correlation(
         read, written, weight_read, weight_written = in_channels, out_channels, weight_in, weight_out
     batch = target.shape[0]
     pixels = batch * target.shape[2] * target.shape[3]
-    block_m, block_n, block_k, num_warps, num_stages = _config((source, weight), pixels, written, read)
+    block_m, block_n, block_k, num_warps, num_stages = tile_config((source, weight), pixels, written, read)
+    if epilogue.is_heavy:
+        num_warps = 8 if block_m * block_n >= 64 * 64 else num_warps
+    if epilogue.residual is not None:
+        # On sm_100 a thread has a row of sums, so the scale, the shift and the residual of every column beside it.
+        block_n = min(block_n, 64)
     table, tiles = rectangle_table(axes, gradient, batch, block_m, target.device)
     column_blocks = -(-written // block_n)
+    parts, merging = epilogue.parts(tiles, target.shape[1])
     arguments = {
-        "source": source, "weight": weight, "bias": bias, "target": target,
+        "source": source, "weight": weight, "target": target,
         "table": table, "rectangles": table.shape[1], "batch": batch, "column_blocks": column_blocks,
         "channels_read": read, "channels_written": written,
         **strides("source", source), **strides("target", target),
         "weight_group": out_channels * weight_out, "weight_read": weight_read, "weight_written": weight_written,
-        "weight_h": weight_h, "weight_w": weight_w, **steps(axes, gradient),
+        "weight_h": weight_h, "weight_w": weight_w, **steps(axes, gradient), **epilogue.arguments(), "parts": parts,
     }  # fmt: skip
     constants = {
         "RECTANGLES": power_of_two(table.shape[1], 1, 1 << 20),
         "RAGGED": read % block_k != 0 or written % block_n != 0,
-        **_dot(source.dtype),
+        **dot_constants(source.dtype), **epilogue.constants(),
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
     }  # fmt: skip
-    return [Launch(_correlate, (tiles * column_blocks, groups), arguments, constants, num_warps, num_stages)]
+    return [Launch(_correlate, (tiles * column_blocks, groups), arguments, constants, num_warps, num_stages), *merging]
 
 
 # Weight gradient ------------------------------------------------------------------------------------------------------
@@ -227,7 +262,7 @@ def _weight_correlation(source: Tensor, grad: Tensor, target: Tensor, axes: Axes
     out_channels, in_channels = target.shape[0] // groups, target.shape[1]
     batch = source.shape[0]
     pixels = batch * grad.shape[2] * grad.shape[3]
-    block_m, block_n, block_k, num_warps, num_stages = _config((source, grad), out_channels, in_channels, pixels)
+    block_m, block_n, block_k, num_warps, num_stages = tile_config((source, grad), out_channels, in_channels, pixels)
     table = tap_table(axes, source.device)
     taps = table.shape[1]
     out_blocks, in_blocks = -(-out_channels // block_m), -(-in_channels // block_n)
@@ -246,7 +281,7 @@ def _weight_correlation(source: Tensor, grad: Tensor, target: Tensor, axes: Axes
     }  # fmt: skip
     constants = {
         "RAGGED": out_channels % block_m != 0 or in_channels % block_n != 0,
-        **_dot(source.dtype),
+        **dot_constants(source.dtype),
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
     }  # fmt: skip
     launches = [Launch(_correlate_weight, (programs, splits, groups), arguments, constants, num_warps, num_stages)]
@@ -258,7 +293,7 @@ def _weight_correlation(source: Tensor, grad: Tensor, target: Tensor, axes: Axes
 # Launching ------------------------------------------------------------------------------------------------------------
 
 
-def _config(tensors: Sequence[Tensor], rows: int, cols: int, reduced: int) -> tuple[int, int, int, int, int]:
+def tile_config(tensors: Sequence[Tensor], rows: int, cols: int, reduced: int) -> tuple[int, int, int, int, int]:
     """(BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) of a product [rows, reduced] x [reduced, cols].
 
     Where channels are neighbours in memory, loads are asynchronous 16-byte copies. Elsewhere every element needs an
@@ -278,7 +313,7 @@ def _config(tensors: Sequence[Tensor], rows: int, cols: int, reduced: int) -> tu
     return block_m, block_n, power_of_two(reduced, 16, most_k), warps if block_m * block_n >= 64 * 64 else 4, stages
 
 
-def _dot(dtype: torch.dtype) -> dict[str, object]:
+def dot_constants(dtype: torch.dtype) -> dict[str, object]:
     # The interpreter's dot takes bfloat16 for integers; in float32 the products are as exact as in a matrix instruction.
     return {"PRECISION": dot_precision(dtype), "WIDEN": interpreting() and dtype is torch.bfloat16}
 
@@ -287,12 +322,19 @@ def plan_conv2d(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: Ints, padding: Ints, dilation: Ints, groups: int
 ) -> tuple[Tensor, list[Launch]]:
     """The unwritten result of :func:`conv2d` and the launches that write it."""
+    return plan_finished(input, weight, Epilogue(bias), stride, padding, dilation, groups)
+
+
+def plan_finished(
+    input: Tensor, weight: Tensor, epilogue: Epilogue, stride: Ints, padding: Ints, dilation: Ints, groups: int
+) -> tuple[Tensor, list[Launch]]:
+    """As :func:`plan_conv2d`, with more than a bias added to the sums."""
     taps = weight.shape[2:]
     out_size = [out_extent(*a) for a in zip(input.shape[2:], taps, stride, padding, dilation, strict=True)]
     axes = axis_numbers(input.shape[2:], out_size, taps, stride, padding, dilation)
     output = new_tensor((input.shape[0], weight.shape[0], *out_size), input, weight)
     correlation = depthwise.correlation if _is_depthwise(weight.shape) else _correlation
-    return output, correlation(input, weight, bias, output, axes, groups, gradient=False)
+    return output, correlation(input, weight, output, axes, groups, False, epilogue)
 
 
 def plan_conv2d_input(
@@ -302,7 +344,7 @@ def plan_conv2d_input(
     axes = axis_numbers(input_size[2:], grad_output.shape[2:], weight.shape[2:], stride, padding, dilation)
     grad_input = new_tensor(input_size, grad_output, weight)
     correlation = depthwise.correlation if _is_depthwise(weight.shape) else _correlation
-    return grad_input, correlation(grad_output, weight, None, grad_input, axes, groups, gradient=True)
+    return grad_input, correlation(grad_output, weight, grad_input, axes, groups, True, Epilogue())
 
 
 def plan_conv2d_weight(

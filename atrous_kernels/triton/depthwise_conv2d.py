@@ -15,6 +15,7 @@ from torch import Tensor
 
 from atrous_kernels.triton import launch_table
 from atrous_kernels.triton.common import sum_splits, tile_pixels
+from atrous_kernels.triton.epilogue import Epilogue, finish, store_moments
 from atrous_kernels.triton.runtime import Launch, kernel, power_of_two, strides
 from atrous_kernels.triton.schedule import Axes, rectangle_table, split_count, steps, tap_table
 
@@ -30,7 +31,9 @@ def _correlate(
     weight_o, weight_h, weight_w,
     target_n, target_c, target_h, target_w,
     source_step_h, source_step_w, tap_step_h, tap_step_w, kernel_step_h, kernel_step_w, target_step_h, target_step_w,
-    RECTANGLES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    mean, var, gain, residual, residual_n, residual_c, residual_h, residual_w, parts,
+    RECTANGLES: tl.constexpr, EPS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One [BLOCK_P pixels, BLOCK_C channels] tile of the target; the grid is (tiles x channel blocks)."""
     tile = tl.program_id(0) // channel_blocks
@@ -64,36 +67,42 @@ def _correlate(
         factors = tl.load(weight_tile + weight_shift + member * weight_o, mask=exists, other=0.0)
         total += values.to(tl.float32) * factors.to(tl.float32)[None, :]
 
-    if bias is not None:
-        total += tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32)[None, :]
+    total = finish(
+        total, inside, image, target_row, target_col, channel, exists,
+        bias, mean, var, gain, residual, residual_n, residual_c, residual_h, residual_w, EPS, LOW, HIGH,
+    )  # fmt: skip
+    result = total.to(target.dtype.element_ty)
     target_pixels = target + image * target_n + target_row * target_h + target_col * target_w
-    tl.store(
-        target_pixels[:, None] + (channel * target_c)[None, :],
-        total.to(target.dtype.element_ty),
-        mask=inside[:, None] & exists[None, :],
-    )
+    tl.store(target_pixels[:, None] + (channel * target_c)[None, :], result, mask=inside[:, None] & exists[None, :])
+    if parts is not None:
+        store_moments(parts, tile, channels, channel, exists, result, inside)
 
 
 def correlation(
-    source: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, axes: Axes, groups: int, gradient: bool
+    source: Tensor, weight: Tensor, target: Tensor, axes: Axes, groups: int, gradient: bool, epilogue: Epilogue
 ) -> list[Launch]:
-    """The launch that writes ``target`` from ``source``: the output, or for ``gradient`` the input gradient."""
+    """The launches that write ``target`` from ``source``: the output, or for ``gradient`` the input gradient."""
     batch, channels = target.shape[:2]
     multiplier = weight.shape[0] // groups
     block_p, block_c, num_warps = _config(target, batch * target.shape[2] * target.shape[3], sums=False)
     table, tiles = rectangle_table(axes, gradient, batch, block_p, target.device)
     channel_blocks = -(-channels // block_c)
     weight_o, _, weight_h, weight_w = weight.stride()
+    parts, merging = epilogue.parts(tiles, channels)
     arguments = {
-        "source": source, "weight": weight, "bias": bias, "target": target,
+        "source": source, "weight": weight, "target": target,
         "table": table, "rectangles": table.shape[1], "batch": batch,
         "channel_blocks": channel_blocks, "channels": channels,
         "shared": 1 if gradient else multiplier, "summed": multiplier if gradient else 1,
         **strides("source", source), **strides("target", target),
         "weight_o": weight_o, "weight_h": weight_h, "weight_w": weight_w, **steps(axes, gradient),
+        **epilogue.arguments(), "parts": parts,
     }  # fmt: skip
-    constants = {"RECTANGLES": power_of_two(table.shape[1], 1, 1 << 20), "BLOCK_P": block_p, "BLOCK_C": block_c}
-    return [Launch(_correlate, (tiles * channel_blocks,), arguments, constants, num_warps)]
+    constants = {
+        "RECTANGLES": power_of_two(table.shape[1], 1, 1 << 20), **epilogue.constants(),
+        "BLOCK_P": block_p, "BLOCK_C": block_c,
+    }  # fmt: skip
+    return [Launch(_correlate, (tiles * channel_blocks,), arguments, constants, num_warps), *merging]
 
 
 @kernel(do_not_specialize=["taps", "batch", "channel_blocks", "channels", "split_stride"])

@@ -24,7 +24,16 @@ import torch
 from torch import Tensor
 
 from atrous_kernels.problem import ConvProblem, UpsampleProblem
-from atrous_kernels.triton import conv2d, upsample_argmax, upsample_cross_entropy
+from atrous_kernels.triton import (
+    aspp,
+    conv2d,
+    conv_bn_act,
+    conv_bn_relu,
+    pyramid_pool,
+    upsample_argmax,
+    upsample_cross_entropy,
+)
+from atrous_kernels.triton.epilogue import Epilogue
 from atrous_kernels.triton.runtime import Launch, interpreting
 
 CAPABILITIES = (80, 90, 100)
@@ -46,15 +55,21 @@ class Case:
 
     name: str
     op: str
-    problem: ConvProblem | UpsampleProblem
+    problem: str
+    dtype: torch.dtype
     channels_last: bool
     plan: Callable[[], list[Launch]]
     tf32: bool = False
 
 
+_ALL = ((torch.bfloat16, torch.float32), (True, False))  # dtypes, channels-last
+# Of these the two that differ most: matrix instructions on whole vectors, and exact products of scattered elements.
+_FARTHEST = ((torch.bfloat16, True), (torch.float32, False))
+
+
 def cases() -> list[Case]:
     """Large and ragged problems of every op, in both layouts and all dtypes."""
-    return [*_convolutions(), *_upsamplings()]
+    return [*_convolutions(), *_training_and_inference(), *_pyramids(), *_upsamplings()]
 
 
 def _convolutions() -> Iterator[Case]:
@@ -69,14 +84,14 @@ def _convolutions() -> Iterator[Case]:
         ),
     }
     for name, shape in shapes.items():
-        for dtype, channels_last in product((torch.bfloat16, torch.float32), (True, False)):
+        for dtype, channels_last in product(*_ALL) if name == "ASPP rate 12" else _FARTHEST:
             problem = replace(shape, dtype=dtype, device_type="cuda", channels_last=channels_last)
             variants = [(problem, False)]
             if name == "ASPP rate 12" and channels_last:
                 half = replace(problem, dtype=torch.float16)
                 variants.append((problem, True) if dtype is torch.float32 else (half, False))
             for (variant, tf32), (op, plan) in product(variants, _CONVOLUTIONS.items()):
-                yield Case(name, op, variant, channels_last, partial(plan, variant), tf32)
+                yield Case(name, op, str(variant), variant.dtype, channels_last, partial(plan, variant), tf32)
 
 
 def _conv2d(problem: ConvProblem) -> list[Launch]:
@@ -113,6 +128,75 @@ def _geometry(problem: ConvProblem) -> tuple[Any, ...]:
     return problem.stride, problem.padding, problem.dilation, problem.groups
 
 
+def _training_and_inference() -> Iterator[Case]:
+    """Convolutions with epilogues and statistics, alone and all branches of ASPP, and the passes beside them."""
+    dense = ConvProblem(16, 2048, 256, (33, 33), (3, 3), padding=(12, 12), dilation=(12, 12))
+    depthwise = replace(dense, out_channels=2048, groups=2048)
+    for dtype, channels_last in _FARTHEST:
+        for name, shape in (("ASPP rate 12", dense), ("depthwise rate 12", depthwise)):
+            problem = replace(shape, dtype=dtype, device_type="cuda", channels_last=channels_last)
+            of = (str(problem), dtype, channels_last)
+            yield Case(name, "conv_bn_act", *of, partial(_conv_bn_act, problem, residual=False))
+            yield Case(f"{name}, residual", "conv_bn_act", *of, partial(_conv_bn_act, problem, residual=True))
+            yield Case(name, "conv2d_statistics", *of, partial(_conv2d_statistics, problem))
+            if problem.groups == 1:
+                yield Case("ASPP", "aspp_branches_act", *of, partial(_aspp, problem, training=False))
+                yield Case("ASPP", "aspp_branches", *of, partial(_aspp, problem, training=True))
+                yield Case("passes", "conv_bn_relu", *of, partial(_passes, problem))
+
+
+def _vectors(count: int, channels: int) -> list[Tensor]:
+    return [torch.empty(channels, dtype=torch.float32, device="meta") for _ in range(count)]
+
+
+def _conv_bn_act(problem: ConvProblem, residual: bool) -> list[Launch]:
+    x, weight, beside = _operands(problem)
+    arguments = (x, weight, _vectors(4, problem.out_channels), beside if residual else None, 1e-5, 0.0, 6.0)
+    return conv_bn_act.plan_conv_bn_act(*arguments, *_geometry(problem))[1]
+
+
+def _conv2d_statistics(problem: ConvProblem) -> list[Launch]:
+    return conv_bn_relu.plan_conv2d_statistics(*_operands(problem)[:2], *_geometry(problem))[1]
+
+
+def _aspp(problem: ConvProblem, training: bool) -> list[Launch]:
+    """A 1x1 branch and 3x3 branches of rates 6, 12 and 18."""
+    x, weight, _ = _operands(problem)
+    weights = [_tensor((*weight.shape[:2], 1, 1), problem.dtype, problem.channels_last), weight, weight, weight]
+    mean, moment, gain, bias = _vectors(4, 4 * problem.out_channels)
+    finished = Epilogue(bias, mean, moment, gain, 1e-5, low=0.0)
+    epilogue = Epilogue(statistics=(mean, moment)) if training else finished
+    return aspp.plan_aspp_branches(x, weights, [(1, 1), (6, 6), (12, 12), (18, 18)], epilogue)[1]
+
+
+def _passes(problem: ConvProblem) -> list[Launch]:
+    """What a training step does beside its convolutions."""
+    grad = _operands(problem)[2]
+    x, out = torch.empty_like(grad), torch.empty_like(grad)
+    mean, scale, shift, slope, offset = _vectors(5, problem.out_channels)
+    low, high = 0.0, float("inf")
+    return [
+        *conv_bn_relu.plan_batch_norm_statistics(x)[1],
+        *conv_bn_relu.plan_batch_norm_act(x, mean, scale, shift, low, high, out),
+        *conv_bn_relu.plan_batch_norm_act_sums(grad, x, mean, scale, shift, low, high)[1],
+        *conv_bn_relu.plan_batch_norm_act_input(grad, x, mean, scale, shift, slope, offset, low, high)[1],
+    ]
+
+
+def _pyramids() -> Iterator[Case]:
+    """Pooling and its gradient, averages and maxima."""
+    bins, size = [1, 1, 2, 2, 3, 3, 6, 6], (16, 2048, 60, 60)
+    for (dtype, channels_last), maximum in product(_FARTHEST, (False, True)):
+        problem = f"16x2048x60x60 to 1x1, 2x2, 3x3, 6x6, {'maximum' if maximum else 'average'}, {str(dtype).split('.')[1]}"
+        of = ("PSPNet", "pyramid_pool", problem, dtype, channels_last)
+        yield Case(*of, partial(_pyramid_pool, _tensor(size, dtype, channels_last), bins, maximum, channels_last))
+
+
+def _pyramid_pool(x: Tensor, bins: Sequence[int], maximum: bool, channels_last: bool) -> list[Launch]:
+    (out, index), launches = pyramid_pool.plan_pyramid_pool(x, bins, maximum)
+    return [*launches, *pyramid_pool.plan_pyramid_pool_input(out, index, x.shape, bins, maximum, channels_last)[1]]
+
+
 def _tensor(size: Sequence[int], dtype: torch.dtype, channels_last: bool) -> Tensor:
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(size, dtype=dtype, device="meta", memory_format=layout)
@@ -128,10 +212,11 @@ def _upsamplings() -> Iterator[Case]:
         ("x16", x16, False), ("x16", replace(x16, dtype=brain), True), ("x16", replace(x16, dtype=half), True),
         ("150 classes", x8, False), ("150 classes", replace(x8, dtype=brain), True), ("1024 classes", most, False),
     ):  # fmt: skip
+        of = (str(problem), problem.dtype, channels_last)
         for options in (False, True) if problem.dtype is torch.float32 else (False,):
             plan = partial(_upsample_cross_entropy, problem, channels_last, options)
-            yield Case(f"{name}, all options" if options else name, "upsample_cross_entropy", problem, channels_last, plan)
-        yield Case(name, "upsample_argmax", problem, channels_last, partial(_upsample_argmax, problem, channels_last))
+            yield Case(f"{name}, all options" if options else name, "upsample_cross_entropy", *of, plan)
+        yield Case(name, "upsample_argmax", *of, partial(_upsample_argmax, problem, channels_last))
 
 
 def _upsample_cross_entropy(problem: UpsampleProblem, channels_last: bool, options: bool) -> list[Launch]:
@@ -216,17 +301,23 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def rows(capabilities: Sequence[int] = CAPABILITIES) -> Iterator[dict[str, Any]]:
-    """One row per case, op, kernel and target."""
+    """One row per case, op, kernel and target.
+
+    Exact float32 is not compiled for sm_100: it has no matrix instructions there, and the other code is that for sm_90.
+    """
     for case in cases():
+        exact = case.dtype is torch.float32 and not case.tf32
         with _tf32(case.tf32):
             launches = case.plan()
         for launch in launches:
             for capability in capabilities:
+                if exact and capability == 100:
+                    continue
                 compiled = compile_launch(launch, capability)
                 ptx = compiled.asm["ptx"]
                 yield {
-                    "case": case.name, "problem": str(case.problem), "op": case.op, "kernel": _name(launch),
-                    "dtype": str(case.problem.dtype).removeprefix("torch."), "tf32": case.tf32,
+                    "case": case.name, "problem": case.problem, "op": case.op, "kernel": _name(launch),
+                    "dtype": str(case.dtype).removeprefix("torch."), "tf32": case.tf32,
                     "channels_last": case.channels_last,
                     "target": f"sm_{capability}", "grid": launch.grid,
                     "warps": launch.num_warps, "stages": launch.num_stages,

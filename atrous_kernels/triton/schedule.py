@@ -73,16 +73,48 @@ def rectangle_table(
     Returns the table and the number of tiles. Fields: first tile, rows, columns, valid taps along height and width,
     then (row, column) pairs: first source position, first kernel tap, first target position.
     """
-    strips = _input_strips if gradient else _forward_strips
-    pairs = [(row, col) for row, col in product(strips(axes[0]), strips(axes[1])) if row[0] * col[0] * batch > 0]
-    pairs.sort(key=lambda pair: -pair[0][1] * pair[1][1])
     entries, tiles = [], 0
-    for row, col in pairs:
-        valid = row[1] * col[1] > 0
-        taps = [row[1], col[1]] if valid else [0, 1]
-        entries.append([tiles, row[0], col[0], *taps, *(x for pair in zip(row[2:], col[2:], strict=True) for x in pair)])
-        tiles += -(-batch * row[0] * col[0] // block)
+    for rectangle in sorted(_rectangles(axes, gradient, batch), key=_longest_first):
+        entries.append([tiles, *rectangle])
+        tiles += -(-batch * rectangle[0] * rectangle[1] // block)
     return _to_device(entries, 11, device), tiles
+
+
+def _rectangles(axes: Axes, gradient: bool, batch: int) -> list[list[int]]:
+    """The fields of :func:`rectangle_table` but the first, of every rectangle that has pixels."""
+    strips = _input_strips if gradient else _forward_strips
+    found = []
+    for row, col in product(strips(axes[0]), strips(axes[1])):
+        if row[0] * col[0] * batch > 0:
+            taps = [row[1], col[1]] if row[1] * col[1] > 0 else [0, 1]
+            found.append([row[0], col[0], *taps, *(x for pair in zip(row[2:], col[2:], strict=True) for x in pair)])
+    return found
+
+
+def _longest_first(rectangle: list[int]) -> int:
+    return -rectangle[2] * rectangle[3]
+
+
+@cache
+def branch_table(
+    branches: tuple[tuple[Axes, tuple[int, ...]], ...], batch: int, block: int, device: torch.device
+) -> tuple[torch.Tensor, int, int]:
+    """The rectangles of several forward convolutions of one input, the longest of all first.
+
+    ``branches`` holds the axes of each and further fields to be repeated in all of its entries. Returns the table, the number of
+    tiles, and that of the branch with most. Fields: those of :func:`rectangle_table`, the branch, the number of the entry's
+    first tile among those of its branch, and the further fields.
+    """
+    found = [
+        (rectangle, branch) for branch, (axes, _) in enumerate(branches) for rectangle in _rectangles(axes, False, batch)
+    ]
+    entries, tiles, of_branch = [], 0, [0] * len(branches)
+    for rectangle, branch in sorted(found, key=lambda pair: _longest_first(pair[0])):
+        entries.append([tiles, *rectangle, branch, of_branch[branch], *branches[branch][1]])
+        count = -(-batch * rectangle[0] * rectangle[1] // block)
+        tiles += count
+        of_branch[branch] += count
+    return _to_device(entries, 13 + len(branches[0][1]), device), tiles, max(of_branch)
 
 
 def steps(axes: Axes, gradient: bool) -> dict[str, int]:

@@ -37,7 +37,7 @@ __all__ = ["can_run", "upsample_cross_entropy"]
 
 @kernel(do_not_specialize=["ignore_index", "logits_c", "programs", "column_slots", *GEOMETRY])
 def _loss(
-    logits, target, weight, scale, losses, parts, sums, bad_labels,
+    logits, target, weight, scale, losses, parts, sums,
     classes, ignore_index, hard, smooth,  # 1 - s and s / C of a label smoothing s
     logits_n, logits_c, logits_h, logits_w,
     target_n, target_h, target_w,
@@ -95,7 +95,6 @@ def _loss(
 
     total_loss = tl.zeros((CELLS * WIDTH,), tl.float32)
     total_weight = tl.zeros((CELLS * WIDTH,), tl.float32)
-    bad = tl.zeros((CELLS * WIDTH,), tl.int32)
     if parts is not None:
         total = tl.zeros((BLOCK, CELLS * WIDTH), tl.float32)  # of the gradient
         slope = tl.zeros((BLOCK, CELLS * WIDTH), tl.float32)  # of the gradient times the share of the lower row
@@ -116,9 +115,7 @@ def _loss(
         next_label = tl.load(target, mask=inside & (row + 1 < rows), other=0)  # arrives while this row is worked on
         counted = inside & (label != ignore_index)
         wrong = counted & ((label < 0) | (label >= classes))
-        bad += wrong.to(tl.int32)
-        counted = counted & (wrong == 0)
-        label = tl.where(counted, label, -1).to(tl.int32)
+        label = tl.where(counted, tl.where(wrong, 0, label), -1).to(tl.int32)
 
         z = base + delta * share
         top = tl.max(z, axis=0)
@@ -136,7 +133,7 @@ def _loss(
         wanted, wanted_delta = load_columns(upper, lower, at + left, at + right, right_share, counted)
         wanted = wanted * LOG2E + wanted_delta * LOG2E * share
 
-        pixel_scale = counted.to(tl.float32)
+        pixel_scale = tl.where(wrong, float("nan"), counted.to(tl.float32))
         if scale is not None:
             pixel_scale *= tl.load(scale + pixel, mask=counted, other=0.0)
         pixel_weight = pixel_scale
@@ -172,7 +169,6 @@ def _loss(
 
     tl.store(sums + program, tl.sum(total_loss, axis=0))
     tl.store(sums + programs + program, tl.sum(total_weight, axis=0))
-    tl.store(bad_labels + program, tl.sum(bad, axis=0))
     if parts is not None:
         if SMOOTH:
             total -= (smooth * class_weight)[:, None] * total_scale[None, :]
@@ -209,17 +205,15 @@ def _sum_cells(tile, CLASSES: tl.constexpr, CELLS: tl.constexpr, WIDTH: tl.const
 
 
 @kernel(do_not_specialize=["programs"])
-def _finish(sums, bad_labels, loss, factor, valid, programs, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+def _finish(sums, loss, factor, programs, MEAN: tl.constexpr, BLOCK: tl.constexpr):
     """One program adds the sums of all, in float64: the loss, and what its mean multiplies gradients by."""
     total = tl.zeros((BLOCK,), tl.float64)
     weight = tl.zeros((BLOCK,), tl.float64)
-    bad = tl.zeros((BLOCK,), tl.int32)
     for first in range(0, programs, BLOCK):
         index = first + tl.arange(0, BLOCK)
         mask = index < programs
         total += tl.load(sums + index, mask=mask, other=0.0).to(tl.float64)
         weight += tl.load(sums + programs + index, mask=mask, other=0.0).to(tl.float64)
-        bad = tl.maximum(bad, tl.load(bad_labels + index, mask=mask, other=0))
     result = tl.sum(total, axis=0)
     if MEAN:
         divisor = tl.sum(weight, axis=0)
@@ -227,7 +221,6 @@ def _finish(sums, bad_labels, loss, factor, valid, programs, MEAN: tl.constexpr,
         divisor = tl.where(divisor == 0, 1.0, divisor)  # without a counted pixel the gradient stays zero
         tl.store(factor, (1.0 / divisor).to(tl.float32))
     tl.store(loss, result.to(tl.float32))
-    tl.store(valid, (tl.max(bad, axis=0) == 0).to(tl.int32))
 
 
 @kernel(do_not_specialize=[
@@ -272,7 +265,6 @@ class Results:
 
     loss: Tensor  # float32, a scalar or [N, H, W]
     gradient: Tensor  # float32 [N, C, h, w], or empty
-    valid: Tensor  # int32, a scalar: 0 where a label is neither a class nor the ignored one
 
 
 def plan(
@@ -292,21 +284,20 @@ def plan(
     batch, classes, height, width = logits.shape
     tiles = upsample_tiles(batch, classes, (height, width), target.shape[1:], align_corners)
 
-    def new(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(size, dtype=dtype, device=logits.device)
+    def new(*size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.float32, device=logits.device)
 
     parts = new(batch, tiles.rows.slots, tiles.columns.slots, 4, classes) if with_gradient else None
-    sums, bad_labels = new(2, tiles.programs), new(tiles.programs, dtype=torch.int32)
+    sums = new(2, tiles.programs)
     total, factor = new(), new() if mean else None
     losses = new(*target.shape) if per_pixel else None
     results = Results(
         total if losses is None else losses,
         new_tensor(logits.shape, logits, dtype=torch.float32) if with_gradient else new(0),
-        new(dtype=torch.int32),
     )
     arguments = {
         "logits": logits, "target": target, "weight": weight, "scale": scale, "losses": losses, "parts": parts,
-        "sums": sums, "bad_labels": bad_labels,
+        "sums": sums,
         "classes": classes, "ignore_index": ignore_index,
         "hard": 1 - label_smoothing, "smooth": label_smoothing / classes,
         **strides("logits", logits),
@@ -314,10 +305,7 @@ def plan(
         "programs": tiles.programs, "column_slots": tiles.columns.slots, **tiles.arguments(),
     }  # fmt: skip
     launches = [Launch(_loss, (tiles.programs,), arguments, {"SMOOTH": label_smoothing > 0, **tiles.constants()}, 1, 1)]
-    finish = {
-        "sums": sums, "bad_labels": bad_labels, "loss": total, "factor": factor, "valid": results.valid,
-        "programs": tiles.programs,
-    }  # fmt: skip
+    finish = {"sums": sums, "loss": total, "factor": factor, "programs": tiles.programs}
     launches.append(Launch(_finish, (1,), finish, {"MEAN": mean, "BLOCK": 4096}, 16))
     if parts is not None:
         launches.append(_plan_gather(parts, factor, results.gradient, tiles))
@@ -356,7 +344,7 @@ def upsample_cross_entropy(
     """[N, C, h, w] and [N, H, W] -> the loss, and its gradient [N, C, h, w] (empty unless asked for), both float32.
 
     ``upstream`` [N, H, W] multiplies the gradient of each pixel. Nothing waits for the device: a label that is neither a class
-    nor ``ignore_index`` fails an assertion there, as it does in the framework's own loss.
+    nor ``ignore_index`` makes the loss and the gradient of its pixel NaN.
     """
     options = (ignore_index, label_smoothing, align_corners)
     scale = None if upstream is None else upstream.contiguous()
@@ -364,7 +352,6 @@ def upsample_cross_entropy(
     if hard_fraction < 1:
         first, launches = plan(logits, target, weight, None, *options, mean=False, per_pixel=True, with_gradient=False)
         run(launches, logits.device)
-        _check(first.valid, logits.shape[1], ignore_index)
         kept = _hard_pixels(first.loss, target != ignore_index, hard_fraction)
         scale = kept if scale is None else kept * scale
     results, launches = plan(
@@ -372,7 +359,6 @@ def upsample_cross_entropy(
         mean=reduction == "mean", per_pixel=reduction == "none", with_gradient=with_gradient,
     )  # fmt: skip
     run(launches, logits.device)
-    _check(results.valid, logits.shape[1], ignore_index)
     return results.loss, results.gradient
 
 
@@ -386,7 +372,3 @@ def _hard_pixels(losses: Tensor, counted: Tensor, fraction: float) -> Tensor:
     order = rank.sort(descending=True, stable=True).indices
     kept = torch.arange(rank.numel(), device=rank.device) < keep
     return torch.empty_like(rank).scatter_(0, order, kept.to(rank.dtype)).view_as(losses)
-
-
-def _check(valid: Tensor, classes: int, ignore_index: int) -> None:
-    torch._assert_async(valid, f"target: expected classes 0 to {classes - 1} or ignore_index={ignore_index}")

@@ -182,7 +182,7 @@ def test_explain() -> None:
     layers += [ak.ConvBN(torch.empty(7, 6, 3, 3), *[torch.empty(7)] * 4, (12, 12))]
     projection = ak.ConvBN(torch.empty(7, 21, 1, 1), *[torch.empty(7)] * 4)
     explanation = ak.explain("aspp", torch.empty(1, 6, 33, 33), layers, projection, layers[0])
-    assert [c.name for c in explanation.choices] == ["cpu", "torch", "reference"]
+    assert [c.name for c in explanation.choices] == ["cpu", "triton", "torch", "reference"]
     assert "[1x1 rate 1, 3x3 rate 12] and image pooling inference float32" in str(explanation)
 
 

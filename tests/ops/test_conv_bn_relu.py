@@ -15,7 +15,7 @@ from torch import Tensor
 
 import atrous_kernels as ak
 from atrous_kernels import native
-from atrous_kernels.ops import conv_bn_relu as op
+from atrous_kernels.ops import batch_norm_act as op
 from tests.repeats import assert_same_bits_for_threads, built_isas, repeat_capped
 
 BACKENDS = ("auto", "cpu", "torch", "reference")
@@ -301,7 +301,7 @@ def test_module_is_a_drop_in_for_the_sequence(activation: str, momentum: float |
 def test_explain() -> None:
     x, w = torch.empty(2, 16, 33, 33), torch.empty(8, 16, 3, 3)
     explanation = ak.explain("conv_bn_relu", x, w, training=True, padding=1)
-    assert [c.name for c in explanation.choices] == ["cpu", "torch", "reference"]
+    assert [c.name for c in explanation.choices] == ["cpu", "triton", "torch", "reference"]
     assert "batch norm (training), relu" in str(explanation)
     assert "4 passes over 0.0697 MB" in str(explanation)
     assert ak.explain("conv_bn_relu", x, w, backend="reference").chosen == "reference"
@@ -320,7 +320,7 @@ def test_explain() -> None:
         (dict(input=torch.zeros(4, 8, 8)), RuntimeError, r"expected input \[N, C, H, W\].*\[4, 8, 8\]"),
         (dict(input=torch.zeros(1, 5, 8, 8)), RuntimeError, "to have 4 channels, but got 5 channels"),
         (dict(input=torch.zeros(1, 4, 3, 3), training=True), ValueError, "expected more than 1 value per channel"),
-        (dict(backend="nope"), ValueError, "unknown backend 'nope': expected one of auto, cpu, torch, reference"),
+        (dict(backend="nope"), ValueError, "unknown backend 'nope': expected one of auto, cpu, triton, torch, reference"),
         (dict(backend="cuda"), ValueError, "unknown backend 'cuda'"),
     ],
 )

@@ -227,7 +227,7 @@ def test_unknown_mode_and_backend() -> None:
     x = torch.zeros(1, 3, 4, 4)
     with pytest.raises(ValueError, match="mode='sum': expected 'avg' or 'max'"):
         ak.pyramid_pool(x, mode="sum")
-    with pytest.raises(ValueError, match="unknown backend 'gpu': expected one of auto, cpu, cuda, torch, reference"):
+    with pytest.raises(ValueError, match="unknown backend 'gpu': expected one of auto, cpu, triton, cuda, torch, reference"):
         ak.pyramid_pool(x, backend="gpu")
 
 
@@ -246,7 +246,7 @@ def test_native_op_checks_its_arguments() -> None:
 
 def test_explain() -> None:
     explanation = ak.explain("pyramid_pool", torch.empty(2, 2048, 60, 60))
-    assert {choice.name for choice in explanation.choices} == {"cpu", "cuda", "torch", "reference"}
+    assert {choice.name for choice in explanation.choices} == {"cpu", "triton", "cuda", "torch", "reference"}
     assert "2x2048x60x60 to 1x1, 2x2, 3x3, 6x6, average, float32 on cpu" in str(explanation)
     assert "50 bins per channel, at least 59.8 MB" in str(explanation)
     half = ak.explain("pyramid_pool", torch.empty(1, 2, 4, 4, dtype=torch.float16), mode="max")

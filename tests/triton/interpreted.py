@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,15 +16,61 @@ def _kernels() -> Any:
     from atrous_kernels.triton import conv2d, runtime
 
     assert runtime.interpreting()
+    _patch_language_once()
     # Unwritten elements of torch.empty read as NaN.
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     return conv2d
 
 
+def _patch_language_once() -> None:
+    """Triton puts the interpreter's functions into its language anew for every call of a device function, which takes a quarter
+    of the time. Here nothing is compiled, so they may stay."""
+    from triton.runtime import interpreter
+
+    patch = getattr(interpreter, "_patch_lang", None)
+    if patch is None or hasattr(patch, "done"):
+        return
+
+    def once(function: Any) -> Any:
+        languages = frozenset(name for name in ("tl", "core") if name in function.__globals__)
+        if languages not in once.done:
+            patch(function)
+            once.done.add(languages)
+        return SimpleNamespace(restore=lambda: None)
+
+    once.done = set()
+    interpreter._patch_lang = once
+
+
 def op(name: str, *arguments: Any) -> Tensor:
     """``conv2d``, ``conv2d_input`` or ``conv2d_weight``."""
     return getattr(_kernels(), name)(*arguments)
+
+
+def call(module: str, name: str, *arguments: Any) -> Any:
+    """A function of ``atrous_kernels.triton.<module>``."""
+    _kernels()
+    return getattr(importlib.import_module(f"atrous_kernels.triton.{module}"), name)(*arguments)
+
+
+def public(name: str, tensors: list[Tensor | None], options: dict[str, Any], leaves: int, grads: list[Tensor]) -> list[Any]:
+    """The public function ``name`` of ``tensors`` with ``backend="triton"``.
+
+    Returns its results, the gradients of the first ``leaves`` tensors where ``grads`` are given, and the tensors afterwards.
+    """
+    import atrous_kernels as ak
+
+    _kernels()
+    # Tensors that come from another process are shared with it.
+    tensors = [t if t is None else t.clone(memory_format=torch.preserve_format) for t in tensors]
+    differentiated = [t for t in tensors[:leaves] if t is not None]
+    for tensor in differentiated:
+        tensor.requires_grad_(bool(grads))
+    out = getattr(ak, name)(*tensors, **options, backend="triton")
+    outs = [out] if isinstance(out, Tensor) else list(out)
+    found = list(torch.autograd.grad(outs, differentiated, grads)) if grads else []
+    return [t if t is None else t.detach() for t in (*outs, *found, *tensors)]
 
 
 def launch_count(name: str, *arguments: Any) -> int:
@@ -66,6 +114,11 @@ def through_autograd(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, geom
     leaves = [tensor.requires_grad_() for tensor in (x, weight, bias)]
     y = ak.conv2d(*leaves, **geometry, backend="triton")
     return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+
+def launches_of(module: str, plan: str, *arguments: Any) -> list[str]:
+    """The kernels that a plan of ``atrous_kernels.triton.<module>`` launches."""
+    return [launch.kernel.name for launch in call(module, plan, *arguments)[1]]
 
 
 def far_apart(folder: str, near: Tensor, dim: int, stride: int) -> Tensor:
@@ -128,3 +181,101 @@ def tuned(problem: Any, configs: list[tuple[int, ...]]) -> tuple[dict[Any, float
     expected = tune.truth("conv2d", problem, tensors)
     expected[0, 0, 0, 0] += 1
     return totals, reasons, tune.wrong("conv2d", problem, tensors, expected)
+
+
+def second_derivatives(backend: str) -> list[float]:
+    """Norms of the gradients of a norm of the gradients of a training step."""
+    import atrous_kernels as ak
+
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 3, 6, 5, requires_grad=True), torch.randn(4, 3, 3, 3, requires_grad=True)
+    out = ak.conv_bn_relu(x, weight, None, None, None, None, training=True, padding=1, backend=backend)
+    first = torch.autograd.grad(out.square().sum(), (x, weight), create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), (x, weight))
+    return [g.norm().item() for g in second]
+
+
+def opcheck_statistics() -> None:
+    """``torch.library.opcheck`` of the ops that take and use the statistics of a convolution."""
+    from atrous_kernels.ops import batch_norm_act, conv2d_statistics
+
+    _kernels()
+    geometry = ((1, 1), (1, 1), (1, 1), 1)
+    x = torch.randn(2, 2, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(4, 2, 3, 3, requires_grad=True)
+    torch.library.opcheck(conv2d_statistics.conv2d_statistics, (x, weight, *geometry, "triton"))
+    z, mean, moment = (t.detach() for t in conv2d_statistics.conv2d_statistics(x, weight, *geometry, "triton"))
+    gain = torch.randn(4, requires_grad=True)
+    arguments = (z.requires_grad_(), gain, None, 1e-5, "relu", "triton", mean, moment)
+    torch.library.opcheck(batch_norm_act.batch_norm_act_train, arguments)
+
+
+def opcheck_pyramid() -> None:
+    """``torch.library.opcheck`` of pyramid pooling and its gradient."""
+    from atrous_kernels.ops.pyramid_pool import pyramid_pool, pyramid_pool_input
+
+    _kernels()
+    bins = [1, 1, 1, 2]
+    for maximum in (False, True):
+        x = torch.randn(2, 3, 4, 3, requires_grad=True)
+        torch.library.opcheck(pyramid_pool, (x, bins, maximum, "triton"))
+        _, index = pyramid_pool(x, bins, maximum, "triton")
+        grad = torch.randn(2, 3, 3, requires_grad=True)
+        torch.library.opcheck(pyramid_pool_input, (grad, index, x.shape, bins, maximum, False, "triton"))
+
+
+def aspp_module(
+    backend: str, dtype: torch.dtype, training: bool, options: dict[str, Any], gradients: bool = False
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Output, running statistics and, where wanted, gradients of an ASPP of fixed weights; and the kernels launched."""
+    import atrous_kernels as ak
+    from atrous_kernels.triton import runtime
+
+    if backend == "triton":
+        _kernels()
+    torch.manual_seed(0)
+    affine = options.get("affine", True)
+    rates, pooling = options.get("rates", (2, 4)), options.get("image_pooling", True)
+    module = ak.nn.ASPP(5, 6, rates, pooling, dropout=0.0, backend=backend)
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(layer.weight, 0.5, 1.5)
+            torch.nn.init.normal_(layer.bias)
+            torch.nn.init.normal_(layer.running_mean)
+            if not affine:
+                layer.weight = layer.bias = None
+    module = module.to(dtype).train(training)
+    x = torch.randn(2, 5, 7, 9).to(dtype).requires_grad_(gradients)
+    grad = torch.randn(2, 6, 7, 9).to(dtype)
+    kernels: list[str] = []
+    names = ("aspp", "conv2d", "conv_bn_act", "conv_bn_relu")
+    modules = [importlib.import_module(f"atrous_kernels.triton.{name}") for name in names]
+
+    def run(launches: list[Any], device: torch.device) -> None:
+        kernels.extend(launch.kernel.name for launch in launches)
+        runtime.run(launches, device)
+
+    for launcher in modules:
+        launcher.run = run
+    with torch.set_grad_enabled(gradients or training):
+        out = module(x)
+    for launcher in modules:
+        launcher.run = runtime.run
+    found = {"out": out.detach(), **{name: b for name, b in module.named_buffers() if "running" in name}}
+    if gradients:
+        leaves = {"x": x, **dict(module.named_parameters())}
+        found.update(zip(leaves, torch.autograd.grad(out, list(leaves.values()), grad), strict=True))
+    return found, kernels
+
+
+def opcheck_aspp() -> None:
+    """``torch.library.opcheck`` of the ops of ASPP's branches."""
+    from atrous_kernels.ops.aspp_branches import aspp_branches, aspp_branches_act
+
+    _kernels()
+    x = torch.randn(2, 3, 3, 2, requires_grad=True)
+    weights = [torch.randn(4, 3, 3, 3, requires_grad=True), torch.randn(2, 3, 1, 1, requires_grad=True)]
+    torch.library.opcheck(aspp_branches, (x, weights, [2, 2, 1, 1]))
+    vector = torch.rand(6) + 0.5
+    plain = [weight.detach() for weight in weights]
+    torch.library.opcheck(aspp_branches_act, (x.detach(), plain, [2, 2, 1, 1], vector, None, vector, vector, 1e-5, "relu"))

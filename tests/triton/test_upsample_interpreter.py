@@ -62,7 +62,7 @@ def _random_case(seed: int) -> dict[str, Any]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_random_problems(interpret: Interpret, seed: int) -> None:
     case = _random_case(seed)
     if case["n"] * case["out"][0] * case["out"][1] < 8:
@@ -108,18 +108,28 @@ def test_no_pixel_counts(interpret: Interpret) -> None:
         assert not gradient.any()
 
 
-def test_a_wrong_label_is_refused(interpret: Interpret) -> None:
-    for label in (3, -1, 2**32):
-        target = torch.full((1, 5, 5), label)
-        with pytest.raises(RuntimeError, match="target: expected classes 0 to 2 or ignore_index=255"):
-            interpret(interpreted.loss_and_gradient, torch.zeros(1, 3, 4, 4), target, {}, torch.ones(()))
+@pytest.mark.parametrize("label", [3, -1, 2**32, 2**31 + 1])
+def test_a_label_that_is_no_class_gives_nan(interpret: Interpret, label: int) -> None:
+    """As from the CUDA kernels: what the label concerns is not a number, and nothing else is."""
+    logits, target = torch.randn(1, 3, 4, 4), torch.zeros(1, 16, 16).long()
+    target[0, 0, 0] = label
+    loss, gradient = interpret(interpreted.loss_and_gradient, logits, target, dict(reduction="none"), torch.ones(1, 16, 16))
+    assert loss[0, 0, 0].isnan()
+    assert loss.isnan().sum() == 1
+    for options in (dict(reduction="sum"), dict(reduction="sum", label_smoothing=0.1, weight=torch.ones(3)), {}):
+        total, gradient = interpret(interpreted.loss_and_gradient, logits, target, options, torch.ones(()))
+        assert total.isnan()
+        assert gradient[0, :, 0, 0].isnan().all()
+        assert gradient[0, :, 2:].isnan().any() == (not options)  # the mean divides every gradient by a sum of weights
+    total, _ = interpret(interpreted.loss_and_gradient, logits, target, dict(hard_fraction=0.1), torch.ones(()))
+    assert total.isnan()
 
 
 @pytest.mark.parametrize("corners", [False, True])
 @pytest.mark.parametrize(
     ("shape", "size"),
     [
-        ((2, 21, 3, 2), (17, 18)), ((1, 70, 2, 3), (5, 12)), ((1, 5, 20, 11), (7, 6)), ((2, 4, 1, 1), (20, 9)),
+        ((1, 21, 3, 2), (13, 9)), ((1, 70, 2, 3), (5, 12)), ((1, 5, 20, 11), (7, 6)), ((2, 4, 1, 1), (20, 9)),
         ((0, 3, 2, 2), (4, 4)),
     ],
 )  # fmt: skip
