@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     explain = commands.add_parser("explain", help="which implementation runs an op of a given shape, and why not the others")
     plan = commands.add_parser("plan", help="the Triton launches of an op of a given shape, modelled without a GPU")
     for command, dtype in ((explain, "float32"), (plan, "bfloat16")):
-        command.add_argument("op", choices=_OPS)
+        command.add_argument("op", choices=_OPS if command is explain else (*_OPS, "aspp"))
         command.add_argument("--input", type=_numbers, required=True, help="sizes N,C,H,W")
         command.add_argument("--weight", type=_numbers, required=True, help="sizes O,C/groups,kh,kw")
         command.add_argument("--stride", type=_numbers, default=[1])
@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     explain.add_argument("--backend", default="auto")
     plan.add_argument("--contiguous", action="store_true", help="instead of channels-last")
+    plan.add_argument("--rates", type=_numbers, default=[6, 12, 18], help="of an ASPP's branches beside its 1x1; default 6,12,18")
     plan.add_argument("--gpu", default="h200", choices=sorted(GPUS))
     return parser
 
@@ -97,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.command == "explain":
             print(dispatch.explain(args.op, replace(problem, device_type=args.device), args.backend))
         else:
-            print(simulate.describe(args.op, replace(problem, device_type="cuda"), GPUS[args.gpu]))
+            print(simulate.describe(args.op, replace(problem, device_type="cuda"), GPUS[args.gpu], args.rates))
     except (RuntimeError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -11,8 +11,9 @@ memory. Left out: launching, filling pipelines, misses of the L2, several progra
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heapreplace
+from math import prod
 from operator import mul
 from typing import Any, NamedTuple
 
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from atrous_kernels.gpus import GPU
 from atrous_kernels.problem import ConvProblem
-from atrous_kernels.triton import conv2d, depthwise_conv2d
+from atrous_kernels.triton import aspp, conv2d, depthwise_conv2d
+from atrous_kernels.triton.epilogue import Epilogue
 from atrous_kernels.triton.runtime import Kernel, Launch, dot_precision
 
 OPS = ("conv2d", "conv2d_input", "conv2d_weight")
@@ -82,9 +84,9 @@ def _cuts(length: int, block: int) -> list[int]:
 
 
 def _correlate(launch: Launch) -> Iterable[Program]:
-    arguments, (m, n, k) = launch.arguments, _blocks(launch)
-    read, size = arguments["channels_read"], arguments["source"].itemsize
-    columns = _cuts(arguments["channels_written"], n)
+    given, (m, n, k) = launch.arguments, _blocks(launch)
+    read, size = given["channels_read"], given["source"].itemsize
+    columns = _cuts(given["channels_written"], n)
     for _ in range(launch.grid[1]):
         for pixels, taps in _tiles(launch, m):
             for width in columns:
@@ -92,38 +94,51 @@ def _correlate(launch: Launch) -> Iterable[Program]:
                 yield Program(pixels * width * depth, m * n * executed, (m + width) * depth * size, pixels * width * size)
 
 
+def _branches(launch: Launch) -> Iterable[Program]:
+    given, (m, n, k) = launch.arguments, _blocks(launch)
+    read, size = given["channels_read"], given["source"].itemsize
+    _, rows, cols, taps_h, taps_w, *rest = given["table"].tolist()
+    widths = rest[11]  # channels of the entry's branch
+    for height, width, taps, written in zip(rows, cols, map(mul, taps_h, taps_w), widths, strict=True):
+        depth, executed = taps * read, taps * -(-read // k) * k
+        for pixels in _cuts(given["batch"] * height * width, m):
+            for first in range(0, given["column_blocks"] * n, n):
+                columns = max(min(n, written - first), 0)
+                yield Program(pixels * columns * depth, m * n * executed, (m + columns) * depth * size, pixels * columns * size)
+
+
 def _correlate_weight(launch: Launch) -> Iterable[Program]:
-    arguments, (m, n, k) = launch.arguments, _blocks(launch)
-    size, target = arguments["source"].itemsize, arguments["target"].itemsize
-    _, _, rows, cols, *_ = arguments["table"].tolist()
-    outs, ins = _cuts(arguments["out_channels"], m), _cuts(arguments["in_channels"], n)
+    given, (m, n, k) = launch.arguments, _blocks(launch)
+    size, target = given["source"].itemsize, given["target"].itemsize
+    _, _, rows, cols, *_ = given["table"].tolist()
+    outs, ins = _cuts(given["out_channels"], m), _cuts(given["in_channels"], n)
     _, splits, groups = launch.grid
     for _ in range(groups):
         for split in range(splits):
             for height, width in zip(rows, cols, strict=True):
-                pixels, steps = _split(arguments["batch"] * height * width, k, split, splits)
+                pixels, steps = _split(given["batch"] * height * width, k, split, splits)
                 for out in outs:
                     for in_ in ins:
                         yield Program(out * in_ * pixels, m * n * k * steps, (out + in_) * pixels * size, out * in_ * target)
 
 
 def _correlate_depthwise(launch: Launch) -> Iterable[Program]:
-    arguments, (p, c) = launch.arguments, _blocks(launch)
-    size, channels = arguments["source"].itemsize, _cuts(arguments["channels"], c)
+    given, (p, c) = launch.arguments, _blocks(launch)
+    size, channels = given["source"].itemsize, _cuts(given["channels"], c)
     for pixels, taps in _tiles(launch, p):
         for width in channels:
-            depth = taps * arguments["summed"]
+            depth = taps * given["summed"]
             yield Program(pixels * width * depth, p * c * depth, (p + 1) * width * depth * size, pixels * width * size)
 
 
 def _correlate_depthwise_weight(launch: Launch) -> Iterable[Program]:
-    arguments, (p, c) = launch.arguments, _blocks(launch)
-    size, target = arguments["source"].itemsize, arguments["target"].itemsize
-    _, _, rows, cols, *_ = arguments["table"].tolist()
-    splits, channels = launch.grid[1], _cuts(arguments["channels"], c)
+    given, (p, c) = launch.arguments, _blocks(launch)
+    size, target = given["source"].itemsize, given["target"].itemsize
+    _, _, rows, cols, *_ = given["table"].tolist()
+    splits, channels = launch.grid[1], _cuts(given["channels"], c)
     for split in range(splits):
         for height, width in zip(rows, cols, strict=True):
-            pixels, steps = _split(arguments["batch"] * height * width, p, split, splits)
+            pixels, steps = _split(given["batch"] * height * width, p, split, splits)
             for count in channels:
                 yield Program(pixels * count, p * c * steps, 2 * pixels * count * size, count * target)
 
@@ -143,6 +158,7 @@ def _blocks(launch: Launch) -> tuple[int, ...]:
 _READERS: dict[Kernel, Callable[[Launch], Iterable[Program]]] = {
     conv2d._correlate: _correlate,
     conv2d._correlate_weight: _correlate_weight,
+    aspp._branches: _branches,
     depthwise_conv2d._correlate: _correlate_depthwise,
     depthwise_conv2d._correlate_weight: _correlate_depthwise_weight,
 }
@@ -217,17 +233,41 @@ def launches(op: str, problem: ConvProblem) -> list[Launch]:
     return plan(op, problem, *tensors)[1]
 
 
-def floor(problem: ConvProblem, gpu: GPU) -> float:
-    """Seconds below which ``gpu`` computes no op of the problem: valid arithmetic or compulsory traffic."""
+def pyramid(base: ConvProblem, rates: Sequence[int]) -> list[ConvProblem]:
+    """The branches of an atrous spatial pyramid: a 1x1 convolution, and ``base`` at each rate; sizes stay."""
+    branches = [replace(base, kernel=(1, 1), padding=(0, 0), dilation=(1, 1))]
+    for rate in rates:
+        height, width = (rate * (k // 2) for k in base.kernel)
+        branches.append(replace(base, padding=(height, width), dilation=(rate, rate)))
+    return branches
+
+
+def branch_launches(branches: Sequence[ConvProblem]) -> list[Launch]:
+    """What the Triton backend launches for all branches of a pyramid together; otherwise as :func:`launches`."""
+    layout = torch.channels_last if branches[0].channels_last else torch.contiguous_format
+    sizes = [branches[0].sizes[0], *(branch.sizes[1] for branch in branches)]
+    x, *weights = (torch.empty(size, dtype=branches[0].dtype, memory_format=layout) for size in sizes)
+    return aspp.plan_aspp_branches(x, weights, [branch.dilation for branch in branches], Epilogue())[1]
+
+
+def floor(gpu: GPU, problem: ConvProblem, *others: ConvProblem) -> float:
+    """Seconds below which ``gpu`` computes no op of the problem: valid arithmetic or compulsory traffic.
+
+    With ``others``, all of them on one input, which is read once.
+    """
     flops = gpu.scalar_flops if problem.is_depthwise else gpu.flops(problem.dtype, dot_precision(problem.dtype))
-    return problem.roofline_seconds(flops, gpu.bytes_per_second)
+    read = prod(problem.sizes[0]) * problem.dtype.itemsize
+    moved = problem.bytes + sum(other.bytes - read for other in others)
+    return max(sum(one.valid_flops for one in (problem, *others)) / flops, moved / gpu.bytes_per_second)
 
 
-def describe(op: str, problem: ConvProblem, gpu: GPU) -> str:
-    """The model's page on one op: every launch, and the whole beside the floor."""
-    found = [simulate(launch, gpu) for launch in launches(op, problem)]
+def describe(op: str, problem: ConvProblem, gpu: GPU, rates: Sequence[int] = ()) -> str:
+    """The model's page on one op: every launch, and the whole beside the floor. ``aspp`` has rates."""
+    branches = pyramid(problem, rates) if op == "aspp" else [problem]
+    planned = branch_launches(branches) if op == "aspp" else launches(op, problem)
+    found = [simulate(launch, gpu) for launch in planned]
     lines = [
-        f"{op} {problem}",
+        *(f"{op} {branch}" for branch in branches),
         f"modelled for {gpu.name} ({gpu.multiprocessors} multiprocessors, {gpu.matrix_flops / 1e12:.0f} TFLOP/s bf16, "
         f"{gpu.bytes_per_second / 1e12:.2f} TB/s); nothing was measured",
     ]
@@ -243,6 +283,6 @@ def describe(op: str, problem: ConvProblem, gpu: GPU) -> str:
                 f"  L2 traffic {one.l2_bytes / 1e9:.3g} GB",
             ]
         lines.append(f"  memory traffic {one.memory_bytes / 1e6:.4g} MB, {one.memory_seconds * 1e6:.1f} us")
-    total, least = sum(one.seconds for one in found), floor(problem, gpu)
+    total, least = sum(one.seconds for one in found), floor(gpu, *branches)
     lines.append(f"in all {total * 1e6:.1f} us, floor {least * 1e6:.1f} us ({least / total:.0%})" if total else "nothing to do")
     return "\n".join(lines)

@@ -11,7 +11,8 @@ from typing import Any
 
 from atrous_kernels.gpus import GPUS
 from atrous_kernels.problem import ConvProblem
-from atrous_kernels.simulate import OPS, floor, launches, simulate
+from atrous_kernels.simulate import OPS, branch_launches, floor, launches, pyramid, simulate
+from atrous_kernels.triton.runtime import Launch
 from benchmarks.bench_conv2d import gpu_cases
 from benchmarks.report import RESULTS
 
@@ -30,27 +31,37 @@ def problems() -> dict[str, ConvProblem]:
     return found
 
 
-def rows() -> Iterator[dict[str, Any]]:
-    """One row per problem, op and launch; numbers rounded to what a model can mean."""
-    for name, problem in problems().items():
+def plans() -> Iterator[tuple[str, str, list[ConvProblem], list[Launch]]]:
+    """(name, op, what is computed, launches)."""
+    found = problems()
+    for name, problem in found.items():
         for op in OPS:
-            for launch in launches(op, problem):
-                models = {key: simulate(launch, gpu) for key, gpu in GPUS.items()}
-                one = models["h200"]
-                yield {
-                    "case": name, "op": op, "kernel": one.kernel, "blocks": one.blocks, "programs": one.programs,
-                    "valid_gflop": round(one.valid_flops / 1e9, 3), "executed_gflop": round(one.executed_flops / 1e9, 3),
-                    "gpus": {
-                        key: {
-                            "waves": round(model.waves, 2), "balance": round(model.balance, 3),
-                            "makespan_us": round(model.makespan * 1e6, 1), "mean_us": round(model.mean * 1e6, 1),
-                            "longest_first_us": round(model.longest_first * 1e6, 1),
-                            "memory_us": round(model.memory_seconds * 1e6, 1), "modelled_us": round(model.seconds * 1e6, 1),
-                            "floor_us": round(floor(problem, GPUS[key]) * 1e6, 1),
-                        }
-                        for key, model in models.items()
-                    },
-                }  # fmt: skip
+            yield name, op, [problem], launches(op, problem)
+    name, base = next((name, problem) for name, problem in found.items() if name.startswith("ASPP"))
+    branches = pyramid(base, (6, 12, 18))
+    yield f"{name.partition(' rate ')[0]} rates 6/12/18 and 1x1 bfloat16", "aspp", branches, branch_launches(branches)
+
+
+def rows() -> Iterator[dict[str, Any]]:
+    """One row per launch; numbers rounded to what a model can mean."""
+    for name, op, computed, planned in plans():
+        for launch in planned:
+            models = {key: simulate(launch, gpu) for key, gpu in GPUS.items()}
+            one = models["h200"]
+            yield {
+                "case": name, "op": op, "kernel": one.kernel, "blocks": one.blocks, "programs": one.programs,
+                "valid_gflop": round(one.valid_flops / 1e9, 3), "executed_gflop": round(one.executed_flops / 1e9, 3),
+                "gpus": {
+                    key: {
+                        "waves": round(model.waves, 2), "balance": round(model.balance, 3),
+                        "makespan_us": round(model.makespan * 1e6, 1), "mean_us": round(model.mean * 1e6, 1),
+                        "longest_first_us": round(model.longest_first * 1e6, 1),
+                        "memory_us": round(model.memory_seconds * 1e6, 1), "modelled_us": round(model.seconds * 1e6, 1),
+                        "floor_us": round(floor(GPUS[key], *computed) * 1e6, 1),
+                    }
+                    for key, model in models.items()
+                },
+            }  # fmt: skip
 
 
 def text() -> str:
