@@ -19,6 +19,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU th
 OPS: dict[str, Callable[[Tensor, Tensor, Tensor, str], Tensor]] = {
     "conv2d": lambda x, w, labels, backend: ak.conv2d(x, w, padding=4, dilation=4, backend=backend),
     "depthwise": lambda x, w, labels, backend: ak.conv2d(x, w[:, :1], padding=4, dilation=4, groups=x.shape[1], backend=backend),
+    "conv_bn_relu": lambda x, w, labels, backend: ak.conv_bn_relu(
+        x, w, None, None, None, None, padding=4, dilation=4, training=True, backend=backend
+    ),
     "upsample_cross_entropy": lambda x, w, labels, backend: ak.upsample_cross_entropy(x, labels, backend=backend),
     "upsample_argmax": lambda x, w, labels, backend: ak.upsample_argmax(x, (35, 35), backend=backend),
     "pyramid_pool": lambda x, w, labels, backend: torch.cat(
@@ -58,7 +61,8 @@ def case(request: Any) -> tuple[str, str]:
 def _choices(op: str) -> Any:
     x, w, labels = _operands("cuda")
     arguments: dict[str, tuple[Any, ...]] = {
-        "conv2d": (x, w), "upsample_cross_entropy": (x, labels), "upsample_argmax": (x, (35, 35)), "pyramid_pool": (x, (1, 2, 3)),
+        "conv2d": (x, w), "conv_bn_relu": (x, w, None, None, None, None),
+        "upsample_cross_entropy": (x, labels), "upsample_argmax": (x, (35, 35)), "pyramid_pool": (x, (1, 2, 3)),
     }  # fmt: skip
     return ak.explain(op, *arguments[op]).choices
 
