@@ -29,6 +29,7 @@ from atrous_kernels.triton import (
     conv2d,
     conv_bn_act,
     conv_bn_relu,
+    psp_conv,
     pyramid_pool,
     upsample_argmax,
     upsample_cross_entropy,
@@ -184,12 +185,21 @@ def _passes(problem: ConvProblem) -> list[Launch]:
 
 
 def _pyramids() -> Iterator[Case]:
-    """Pooling and its gradient, averages and maxima."""
+    """Pooling and its gradient, averages and maxima, and the pooled half of the convolution behind it."""
     bins, size = [1, 1, 2, 2, 3, 3, 6, 6], (16, 2048, 60, 60)
     for (dtype, channels_last), maximum in product(_FARTHEST, (False, True)):
         problem = f"16x2048x60x60 to 1x1, 2x2, 3x3, 6x6, {'maximum' if maximum else 'average'}, {str(dtype).split('.')[1]}"
         of = ("PSPNet", "pyramid_pool", problem, dtype, channels_last)
         yield Case(*of, partial(_pyramid_pool, _tensor(size, dtype, channels_last), bins, maximum, channels_last))
+    for dtype, channels_last in _FARTHEST:
+        problem = f"1x1, 2x2, 3x3, 6x6 by 3x3 taps to 16x512x60x60, {str(dtype).split('.')[1]}"
+        of, x = ("PSPNet", "psp_conv", problem, dtype, channels_last), _tensor((16, 512, 60, 60), dtype, channels_last)
+        yield Case(*of, partial(_add_upsampled, x, 9 * sum(b * b for b in bins[::2])))
+
+
+def _add_upsampled(x: Tensor, terms: int) -> list[Launch]:
+    rows, columns = (torch.empty(size, terms, device="meta") for size in x.shape[2:])
+    return psp_conv.plan_add_upsampled(x, x.new_empty(x.shape[0], terms, x.shape[1]), rows, columns)[1]
 
 
 def _pyramid_pool(x: Tensor, bins: Sequence[int], maximum: bool, channels_last: bool) -> list[Launch]:

@@ -73,6 +73,32 @@ def public(name: str, tensors: list[Tensor | None], options: dict[str, Any], lea
     return [t if t is None else t.detach() for t in (*outs, *found, *tensors)]
 
 
+def psp_conv(
+    x: Tensor, levels: list[Tensor], weight: Tensor, bias: Tensor, align_corners: bool, grad: Tensor, backend: str = "triton"
+) -> list[Tensor]:
+    """The public ``psp_conv``, its gradients in all operands, and those of the sum of their squares."""
+    import atrous_kernels as ak
+
+    if backend == "triton":
+        _kernels()
+    leaves = [tensor.clone(memory_format=torch.preserve_format).requires_grad_() for tensor in (x, weight, bias, *levels)]
+    y = ak.psp_conv(leaves[0], leaves[3:], *leaves[1:3], align_corners=align_corners, backend=backend)
+    first = torch.autograd.grad(y, leaves, grad, create_graph=True)
+    second = torch.autograd.grad(sum(g.float().square().sum() for g in first), (leaves[0], leaves[1]), allow_unused=True)
+    return [t.detach() for t in (y, *first, *second)]
+
+
+def opcheck_psp() -> None:
+    """``torch.library.opcheck`` of the op that adds the pooled half."""
+    from atrous_kernels.ops.psp_conv import add_upsampled
+
+    _kernels()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 3, 4, 3).contiguous(memory_format=layout).requires_grad_()
+        products = torch.randn(2, 9 * 5, 3, requires_grad=True)
+        torch.library.opcheck(add_upsampled, (x, products, [1, 1, 2, 2], [3, 3], False))
+
+
 def launch_count(name: str, *arguments: Any) -> int:
     """How many kernels the op launches."""
     return len(getattr(_kernels(), f"plan_{name}")(*arguments)[1])

@@ -46,6 +46,7 @@ def test_every_kernel_is_compiled_for_every_target(table: dict[str, Any]) -> Non
                 assert ("aspp._branches", op, dtype, target) in compiled
             for kernel in ("_statistics", "_apply", "_sums", "_add_parts", "_input_gradient"):
                 assert (f"conv_bn_relu.{kernel}", "conv_bn_relu", dtype, target) in compiled
+            assert ("psp_conv._add_upsampled", "psp_conv", dtype, target) in compiled
             for kernel in ("_pool_cells", "_unite_cells", "_gather"):
                 assert (f"pyramid_pool.{kernel}", "pyramid_pool", dtype, target) in compiled
             for kernel in ("_loss", "_finish", "_gather"):
@@ -62,7 +63,7 @@ def test_no_spills_and_shared_memory_fits(table: dict[str, Any]) -> None:
 
 
 def _dense(table: dict[str, Any]) -> list[dict[str, Any]]:
-    return [row for row in table["rows"] if row["kernel"].startswith(("conv2d.", "aspp."))]
+    return [row for row in table["rows"] if row["kernel"].startswith(("conv2d.", "aspp.", "psp_conv."))]
 
 
 def test_dense_kernels_multiply_with_matrix_instructions(table: dict[str, Any]) -> None:
