@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a GPU and no network: builds, checks on the chip, then times. Results go to $OUT (default benchmarks/results).
 #   gpu.sh             build, all op tests, compute-sanitizer on small shapes, benchmarks
-#   gpu.sh --tune      build, the launch configurations of this GPU model (atrous_kernels/tuned/)
+#   gpu.sh --tune      build, the launch configurations of this GPU model: into atrous_kernels/tuned, or into $OUT where it is set
 #   gpu.sh --profile   build, the kernels of the benchmark's cases under ncu, or PyTorch's profiler where there is no ncu
 # Each stays below ten minutes: a step that would go beyond is stopped, and what was finished is kept.
 # --rehearse, alone or before the others, runs all of it on the CPU as far as that goes, without building: on small cases, with
@@ -69,11 +69,11 @@ case $part in
     fi
     # The question that decides most, whether the framework's convolution skips taps, is answered by the first file.
     for op in conv2d aspp upsample_cross_entropy pyramid_pool conv_bn_relu upsample_argmax; do
-      step "benchmark $op" 200 "$python" -m pytest -q "benchmarks/bench_$op.py" --benchmark-enable \
+      step "benchmark $op" 330 env BENCH_SECONDS=2 "$python" -m pytest -q "benchmarks/bench_$op.py" --benchmark-enable \
         --benchmark-json="$out/${op}_$name.json" || echo "gpu.sh: going on without $op" >&2
     done
     ;;
-  tune) step tune 480 "$python" -m atrous_kernels.tune --minutes 6 ;;
+  tune) step tune 480 "$python" -m atrous_kernels.tune --minutes 6 ${OUT:+--output "$OUT/gpu_$name.json"} ;;
   profile)
     if command -v ncu > /dev/null; then
       step profile 400 ncu --clock-control none --set basic --profile-from-start off -f -o "$out/profile_$name" \
