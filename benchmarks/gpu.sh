@@ -68,7 +68,7 @@ case $part in
       echo "== sanitizer: compute-sanitizer is not on the PATH, left out"
     fi
     # The question that decides most, whether the framework's convolution skips taps, is answered by the first file.
-    for op in conv2d aspp upsample_cross_entropy pyramid_pool conv_bn_relu upsample_argmax; do
+    for op in conv2d aspp upsample_cross_entropy conv_bn_relu upsample_argmax; do
       step "benchmark $op" 330 env BENCH_SECONDS=2 "$python" -m pytest -q "benchmarks/bench_$op.py" --benchmark-enable \
         --benchmark-json="$out/${op}_$name.json" || echo "gpu.sh: going on without $op" >&2
     done
