@@ -169,6 +169,15 @@ class ConvProblem:
         return height, width
 
     @property
+    def sizes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Of input, weight and output."""
+        return (
+            (self.batch, self.in_channels, *self.in_size),
+            (self.out_channels, self.in_channels // self.groups, *self.kernel),
+            (self.batch, self.out_channels, *self.out_size),
+        )
+
+    @property
     def is_depthwise(self) -> bool:
         return self.groups > 1 and self.groups == self.in_channels == self.out_channels
 

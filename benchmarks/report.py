@@ -336,6 +336,41 @@ Nothing here was timed on a GPU. The kernels are executed in the tests by Triton
 """
 
 
+def plan_section() -> str:
+    result = load("plan_model.json")
+    if result is None:
+        return ""
+    names = result["gpus"]
+    cells = []
+    for row in result["rows"]:
+        h200 = row["gpus"]["h200"]
+        modelled = row["programs"] > 0
+        cells.append(
+            [
+                row["case"],
+                row["op"],
+                "x".join(map(str, row["blocks"])),
+                f"{row['programs']} ({h200['waves']:.2f})" if modelled else "",
+                f"{row['valid_gflop'] / row['executed_gflop']:.1%}" if modelled else "",
+                f"{h200['balance']:.0%}" if modelled else "",
+                f"{h200['longest_first_us']:.0f}" if modelled else "",
+                *(f"{row['gpus'][gpu]['modelled_us']:.0f} / {row['gpus'][gpu]['floor_us']:.0f}" for gpu in names),
+            ]
+        )
+    header = ["case", "op", "blocks", "programs (waves)", "valid", "balance", "longest first"]
+    header += [f"{gpu} / floor" for gpu in names]
+    return f"""## Launch plans on GPUs, modelled
+
+**A model, not a measurement**: nothing here ran on a GPU. `python -m benchmarks.plan` deals the programs that the Triton
+launchers would launch to the multiprocessors of {", ".join(names.values())}, each as slow as its arithmetic at the peak or its
+L2 traffic; `python -m atrous_kernels plan` does it for any problem. Microseconds; waves, balance (average over longest-working
+multiprocessor) and *longest first* (were the programs sorted) are those of {names["h200"]}. *Valid*: share of real input in the
+arithmetic of whole blocks. The floor is that of the valid taps. What is left out is told in `atrous_kernels/simulate.py`.
+
+{table(header, cells)}
+"""
+
+
 def page() -> str:
     sections = ["# Results\n\nMade by `python -m benchmarks.report` from `benchmarks/results/`; do not edit.\n"]
     convolution, models = load("conv2d_cpu.json"), load("models_cpu.json")
@@ -344,7 +379,7 @@ def page() -> str:
     if models:
         sections.append(models_section(models))
     sections += [op_section(op, title) for op, title in OPS.items()]
-    sections += [errors_section(), fuzz_section(), training_section(), published_section(), kernels_section()]
+    sections += [errors_section(), fuzz_section(), training_section(), published_section(), kernels_section(), plan_section()]
     return "\n".join(section for section in sections if section)
 
 

@@ -56,7 +56,7 @@ void allow_shared_bytes(Kernel* kernel, int bytes) {
 #define ATROUS_DYNAMIC_SHARED(type, name) \
   type* name = static_cast<type*>(::atrous::emulation::Machine::get().dynamic_shared())
 #define ATROUS_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  ((void)(stream), ::atrous::emulation::launch(kernel, grid, block, shared_bytes, __VA_ARGS__))
+  (::atrous::emulation::Streams::get().note(stream), ::atrous::emulation::launch(kernel, grid, block, shared_bytes, __VA_ARGS__))
 
 #endif
 

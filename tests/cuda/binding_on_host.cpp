@@ -7,11 +7,13 @@
 
 extern "C" {
 
-// How many device guards were opened and closed: the test looks at both.
-int64_t binding_guards_opened = 0, binding_guards_closed = 0;
+// What the tests look at: device guards, the device of the last one, and questions for a stream without a guard of its device.
+int64_t binding_guards_opened = 0, binding_guards_closed = 0, binding_guarded_device = -2, binding_unguarded_streams = 0;
+void* binding_stream = nullptr;
 
-AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
+AOTITorchError aoti_torch_create_device_guard(int32_t device, DeviceGuardHandle* guard) {
   ++binding_guards_opened;
+  binding_guarded_device = device;
   *guard = reinterpret_cast<DeviceGuardHandle>(&binding_guards_opened);
   return 0;
 }
@@ -21,8 +23,9 @@ AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) {
   return 0;
 }
 
-AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
-  *stream = nullptr;
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream) {
+  if (binding_guards_opened == binding_guards_closed || binding_guarded_device != device) ++binding_unguarded_streams;
+  *stream = binding_stream;
   return 0;
 }
 

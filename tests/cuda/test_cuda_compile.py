@@ -63,6 +63,19 @@ def test_committed_figures_are_current(measured: dict[str, Any]) -> None:
 
 
 @pytest.mark.usefixtures("measured")
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm to list symbols with")
+def test_launchers_neither_allocate_nor_wait(objects: Path) -> None:
+    """A CUDA graph can capture them, and all memory is the framework's: of the CUDA runtime they use launches alone."""
+    found = set()
+    for path in resources.KERNELS:
+        listing = subprocess.run(["nm", "-u", str(objects / f"{path.stem}.o")], check=True, capture_output=True, text=True).stdout
+        found |= {line.split()[-1] for line in listing.splitlines()}
+    assert "cudaLaunchKernel" in found
+    harmful = ("Malloc", "Free", "Memcpy", "Memset", "Synchronize", "Create", "Destroy", "SetDevice", "HostRegister")
+    assert not [name for name in found if name.startswith("cuda") and any(word in name for word in harmful)]
+
+
+@pytest.mark.usefixtures("measured")
 @pytest.mark.skipif(emulated.compiler() is None, reason="no C++ compiler for the binding")
 def test_library_links(objects: Path) -> None:
     """Kernels and bindings become one library whose only open ends are LibTorch's C interface and system libraries."""

@@ -181,6 +181,34 @@ def far_target(folder: str, dim: int, stride: int, like: Tensor, name: str, *arg
         kernels.new_tensor = allocate
 
 
+def tuned(problem: Any, configs: list[tuple[int, ...]]) -> tuple[dict[Any, float], dict[str, str], str | None]:
+    """The tuner's times and rejections of ``configs`` on the CPU, and what it says of a wrong result."""
+    from atrous_kernels import tune
+
+    _kernels()
+
+    class Stopwatch:
+        def __init__(self, device: torch.device) -> None: ...
+
+        def seconds(self, call: Any) -> float:
+            call()
+            return 1.0
+
+    tune.Stopwatch, tune.ROUNDS = Stopwatch, 1  # type: ignore[misc]
+    device = torch.device("cpu")
+    totals: dict[Any, float] = {}
+    reasons: dict[str, str] = {}
+    for task in tune.tasks([problem]):
+        times, rejected = tune.measured(task, configs, device)
+        reasons |= rejected
+        for config, seconds in times.items():
+            totals[config] = totals.get(config, 0) + seconds
+    tensors = tune.operands(problem, device)
+    expected = tune.truth("conv2d", problem, tensors)
+    expected[0, 0, 0, 0] += 1
+    return totals, reasons, tune.wrong("conv2d", problem, tensors, expected)
+
+
 def second_derivatives(backend: str) -> list[float]:
     """Norms of the gradients of a norm of the gradients of a training step."""
     import atrous_kernels as ak

@@ -410,6 +410,21 @@ inline void set_schedule(Schedule schedule, uint32_t seed = 0) {
   Machine::get().schedule_seed = seed;
 }
 
+// Streams do nothing here, but a test can ask whether every launch was given the one it expects.
+struct Streams {
+  const void* expected = nullptr;
+  int64_t launches = 0, elsewhere = 0;
+
+  static Streams& get() {
+    static Streams streams;
+    return streams;
+  }
+  void note(const void* stream) {
+    ++launches;
+    if (stream != expected) ++elsewhere;
+  }
+};
+
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Arguments&&... arguments) {
   Machine& machine = Machine::get();
