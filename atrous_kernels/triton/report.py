@@ -137,8 +137,7 @@ def _training_and_inference() -> Iterator[Case]:
         for name, shape in (("ASPP rate 12", dense), ("depthwise rate 12", depthwise)):
             problem = replace(shape, dtype=dtype, device_type="cuda", channels_last=channels_last)
             of = (str(problem), dtype, channels_last)
-            yield Case(name, "conv_bn_act", *of, partial(_conv_bn_act, problem, residual=False))
-            yield Case(f"{name}, residual", "conv_bn_act", *of, partial(_conv_bn_act, problem, residual=True))
+            yield Case(f"{name}, residual", "conv_bn_act", *of, partial(_conv_bn_act, problem))
             yield Case(name, "conv2d_statistics", *of, partial(_conv2d_statistics, problem))
             if problem.groups == 1:
                 yield Case("ASPP", "aspp_branches_act", *of, partial(_aspp, problem, training=False))
@@ -150,9 +149,9 @@ def _vectors(count: int, channels: int) -> list[Tensor]:
     return [torch.empty(channels, dtype=torch.float32, device="meta") for _ in range(count)]
 
 
-def _conv_bn_act(problem: ConvProblem, residual: bool) -> list[Launch]:
-    x, weight, beside = _operands(problem)
-    arguments = (x, weight, _vectors(4, problem.out_channels), beside if residual else None, 1e-5, 0.0, 6.0)
+def _conv_bn_act(problem: ConvProblem) -> list[Launch]:
+    x, weight, residual = _operands(problem)
+    arguments = (x, weight, _vectors(4, problem.out_channels), residual, 1e-5, 0.0, 6.0)
     return conv_bn_act.plan_conv_bn_act(*arguments, *_geometry(problem))[1]
 
 
