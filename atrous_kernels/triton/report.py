@@ -35,13 +35,13 @@ from atrous_kernels.triton import (
     upsample_cross_entropy,
 )
 from atrous_kernels.triton.epilogue import Epilogue
-from atrous_kernels.triton.runtime import Launch, interpreting
+from atrous_kernels.triton.runtime import Blocks, Launch, compiling_for, interpreting
 
 CAPABILITIES = (80, 90, 100)
 # Written in PTX for sm_80 and later, sm_90, sm_100; and what the counts are called in a row.
 _INSTRUCTIONS = {
     "mma": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma",
-    "async_copies": r"\bcp\.async\.c[ag]\.",
+    "async_copies": r"\bcp\.async\.c[ag]\.", "block_copies": r"\bcp\.async\.bulk\.tensor",
 }  # fmt: skip
 _POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32",
@@ -280,6 +280,8 @@ def compile_launch(launch: Launch, capability: int) -> Any:
         elif isinstance(value, Tensor):
             signature[name] = _POINTERS[value.dtype]
             attributes[(position,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, Blocks):
+            signature[name] = f"tensordesc<{_POINTERS[value.tensor.dtype][1:]}[{', '.join(map(str, value.block))}]>"
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
@@ -316,12 +318,12 @@ def rows(capabilities: Sequence[int] = CAPABILITIES) -> Iterator[dict[str, Any]]
     """
     for case in cases():
         exact = case.dtype is torch.float32 and not case.tf32
-        with _tf32(case.tf32):
-            launches = case.plan()
-        for launch in launches:
-            for capability in capabilities:
-                if exact and capability == 100:
-                    continue
+        for capability in capabilities:
+            if exact and capability == 100:
+                continue
+            with _tf32(case.tf32), compiling_for(capability):
+                launches = case.plan()
+            for launch in launches:
                 compiled = compile_launch(launch, capability)
                 ptx = compiled.asm["ptx"]
                 yield {
