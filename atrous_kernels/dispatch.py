@@ -79,6 +79,11 @@ def register(op: str, implementations: list[Implementation]) -> None:
     _implementations[op] = implementations
 
 
+def implementations(op: str) -> list[Implementation]:
+    """The implementations of ``op`` in their order."""
+    return _implementations[op]
+
+
 def backends(op: str) -> list[str]:
     """Names accepted as ``backend=`` of ``op``."""
     return [AUTO, *(implementation.name for implementation in _implementations[op])]

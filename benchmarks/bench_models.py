@@ -99,6 +99,18 @@ def _call(case: Case, model: Any, loss_of: Callable[..., torch.Tensor], x: torch
     return step if case.train else infer
 
 
+def _profile(call: Call) -> dict[str, float]:
+    """Milliseconds per call that each operator spends in itself, the most first."""
+    for _ in range(2):
+        call()
+    calls = 3
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for _ in range(calls):
+            call()
+    spent = {event.key: event.self_cpu_time_total / calls / 1e3 for event in profiler.key_averages()}
+    return dict(sorted(spent.items(), key=lambda item: -item[1]))
+
+
 def plain(model: torch.nn.Module) -> torch.nn.Module:
     """The same network and weights in the framework's own modules: convolutions, and ASPP as their composition."""
     model = copy.deepcopy(model)
@@ -162,6 +174,7 @@ def test_model(benchmark: Any, case: Case) -> None:
         train=case.train,
         batch=case.batch,
         rounds=rounds,
+        profile=_profile(calls["ours auto channels_last"]),
         candidates={
             name: percentiles(t) | {"images_per_second": case.batch / sorted(t)[len(t) // 2]} for name, t in times.items()
         },

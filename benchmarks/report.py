@@ -148,13 +148,19 @@ def op_section(op: str, title: str) -> str:
     header = ["case", "fastest other, ms", "ours, ms", "ratio", "of the floor", "error", "extra peak memory, ours of theirs"]
     keep = [i for i in range(len(header)) if i < 4 or any(line[i] for line in cells)]
     rows = table([header[i] for i in keep], [[line[i] for i in keep] for line in cells])
+    missing = [
+        f"{benchmark['extra_info']['case']}: {name.replace('_', '-')} failed ({reason})"
+        for benchmark in result["benchmarks"]
+        for name, reason in benchmark["extra_info"].get("failures", {}).items()
+    ]
+    without = f"\n\nNot compared with: {'; '.join(missing)}." if missing else ""
     return f"""## {title} on the CPU
 
 {machine_line(result)}
 
 {rows}
 
-Geometric mean of the ratio: **{geomean(ratios):.2f}** over {len(cells)} cases.
+Geometric mean of the ratio: **{geomean(ratios):.2f}** over {len(cells)} cases.{without}
 """
 
 
@@ -211,6 +217,24 @@ def models_section(result: dict[str, Any]) -> str:
 Images per second, the same model and weights, with the same number of threads, in fp32 unless the case says otherwise.
 
 {table(["case", *(name.replace("_", "-") for name in names), "ratio to the framework's best", "ratio to the best of all"], cells)}
+
+{profiles(rows)}"""
+
+
+def profiles(rows: Rows) -> str:
+    """Where our channels-last networks spend their time."""
+    cells = []
+    for row in rows:
+        total = sum(row.get("profile", {}).values())
+        parts = [f"{op} {spent / total:.0%}" for op, spent in row.get("profile", {}).items() if spent >= 0.02 * total]
+        if parts:
+            cells.append([row["case"], f"{total:.0f}", ", ".join(parts)])
+    if not cells:
+        return ""
+    return f"""Where the time of ours in channels-last goes: operators by the time spent in themselves, under a profiler that
+slows all of them, the smallest ones most.
+
+{table(["case", "ms under the profiler", "operators of 2% and more"], cells)}
 """
 
 

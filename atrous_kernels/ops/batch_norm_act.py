@@ -28,7 +28,7 @@ Known = tuple[Tensor, Tensor] | None
 _library = torch.library.Library("atrous", "FRAGMENT")
 _library.define(
     "batch_norm_act_train(Tensor input, Tensor? weight, Tensor? bias, float eps, str activation, str backend, "
-    "Tensor? mean=None, Tensor? moment=None) -> (Tensor output, Tensor mean, Tensor moment)"
+    "Tensor? mean=None, Tensor? moment=None, Tensor? residual=None) -> (Tensor output, Tensor mean, Tensor moment)"
 )
 _library.define(
     "batch_norm_act_train_backward(Tensor grad, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor moment, "
@@ -87,12 +87,14 @@ def train_pass(
     activation: str,
     merge: Merge = _alone,
     known: Known = None,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Output, mean, moment (sum of squared distances from the mean) and the number of elements behind them."""
     mean, moment = run("batch_norm_statistics", input) if known is None else known
     mean, moment, count = merge(mean, moment, count_of(input))
     _, scale, shift = _parameters(mean, moment, count, weight, bias, eps)
-    output = run("batch_norm_act", input, mean, scale, shift, *BOUNDS[activation])
+    added = () if residual is None else (residual.contiguous(memory_format=_layout(input)),)
+    output = run("batch_norm_act", input, mean, scale, shift, *BOUNDS[activation], *added)
     return output.contiguous(memory_format=_layout(input)), mean, moment, count
 
 
@@ -139,10 +141,11 @@ def _train(
     backend: str,
     mean: Tensor | None = None,
     moment: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # An op may not give back what it was given.
     known = None if mean is None or moment is None else (mean.clone(), moment.clone())
-    return train_pass(PASSES[backend], _dense(input), weight, bias, eps, activation, known=known)[:3]
+    return train_pass(PASSES[backend], _dense(input), weight, bias, eps, activation, known=known, residual=residual)[:3]
 
 
 def _train_backward(
@@ -178,7 +181,7 @@ def _empty_sums(input: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("atrous::batch_norm_act_train", lib=_library)
-def _train_fake(input, weight, bias, eps, activation, backend, mean=None, moment=None):
+def _train_fake(input, weight, bias, eps, activation, backend, mean=None, moment=None, residual=None):
     return torch.empty_like(input, memory_format=_layout(input)), _empty_sums(input), _empty_sums(input)
 
 
@@ -194,7 +197,8 @@ def _apply_fake(input, mean, scale, shift, activation, backend):
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     input, weight, bias, *ctx.rest = inputs[:6]
-    ctx.save_for_backward(input, weight, bias, *output[1:])
+    # With a residual, the output says where the activation held it.
+    ctx.save_for_backward(input, weight, bias, *output[1:], *(output[:1] if inputs[8] is not None else ()))
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -202,9 +206,21 @@ def _of_parameter(grad: Tensor, parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else grad.to(parameter.dtype)
 
 
+def _gradient_inside(grad: Tensor, output: Tensor, activation: str) -> Tensor:
+    if activation == "none":
+        return grad
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(grad, output, 0)
+    return torch.ops.aten.hardtanh_backward(grad, output, *BOUNDS[activation])
+
+
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-    input, weight, bias, mean, moment = ctx.saved_tensors
+    input, weight, bias, mean, moment, *output = ctx.saved_tensors
     eps, activation, backend = ctx.rest
+    d_residual = None
+    if output:
+        grad = d_residual = _gradient_inside(grad, output[0], activation)
+        activation = "none"
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         d_input, d_weight, d_bias = reference.gradients(grad, input, weight, bias, eps, *BOUNDS[activation])
     else:
@@ -212,7 +228,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
             grad, input, weight, bias, mean, moment, eps, activation, backend
         )
     # The given statistics are those of the input, so the input's gradient holds their share.
-    return d_input, _of_parameter(d_weight, weight), _of_parameter(d_bias, bias), *(None,) * 5
+    return d_input, _of_parameter(d_weight, weight), _of_parameter(d_bias, bias), *(None,) * 5, d_residual
 
 
 torch.library.register_autograd("atrous::batch_norm_act_train", _backward, setup_context=_save, lib=_library)
@@ -236,13 +252,15 @@ class _SynchronisedTrain(torch.autograd.Function):
         activation: str,
         backend: str,
         group: Any,
+        mean: Tensor | None,
+        moment: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, int]:
         def merge(mean: Tensor, moment: Tensor, count: int) -> tuple[Tensor, Tensor, int]:
             whole = merge_statistics(*_gather(mean, moment, count, group))
             return whole[0].to(mean.dtype), whole[1].to(mean.dtype), whole[2]
 
-        input = _dense(input)
-        output, mean, moment, count = train_pass(PASSES[backend], input, weight, bias, eps, activation, merge)
+        input, known = _dense(input), None if mean is None or moment is None else (mean, moment)
+        output, mean, moment, count = train_pass(PASSES[backend], input, weight, bias, eps, activation, merge, known)
         ctx.save_for_backward(input, weight, bias, mean, moment)
         ctx.mark_non_differentiable(mean, moment)
         ctx.rest = count, eps, activation
@@ -268,7 +286,7 @@ class _SynchronisedTrain(torch.autograd.Function):
         d_input, d_weight, d_bias = train_gradients(
             PASSES[ctx.backend], grad, input, weight, bias, mean, moment, count, eps, activation, merge
         )
-        return d_input, _of_parameter(d_weight, weight), _of_parameter(d_bias, bias), None, None, None, None
+        return d_input, _of_parameter(d_weight, weight), _of_parameter(d_bias, bias), *(None,) * 6
 
 
 def _gather(mean: Tensor, moment: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -297,8 +315,11 @@ def train(
     backend: str,
     group: Any,
     known: Known = None,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Normalised and activated output; mean, moment and count of the batch (of the group, where one is given)."""
     if group is not None:
-        return _SynchronisedTrain.apply(input, weight, bias, eps, activation, backend, group)
-    return (*batch_norm_act_train(input, weight, bias, eps, activation, backend, *(known or ())), count_of(input))
+        return _SynchronisedTrain.apply(input, weight, bias, eps, activation, backend, group, *(known or (None, None)))
+    mean, moment = known or (None, None)
+    results = batch_norm_act_train(input, weight, bias, eps, activation, backend, mean, moment, residual)
+    return (*results, count_of(input))

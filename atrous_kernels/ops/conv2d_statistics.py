@@ -6,15 +6,17 @@ The statistics are functions of the output and carry no gradient: whoever normal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from atrous_kernels import dispatch
+from atrous_kernels import dispatch, native
 from atrous_kernels.dispatch import Implementation
 from atrous_kernels.ops import conv2d as conv
+from atrous_kernels.ops import winograd
+from atrous_kernels.ops.conv_bn_act import NATIVE_DTYPES
 from atrous_kernels.problem import ConvProblem
 from atrous_kernels.reference import conv2d as reference_conv2d
 from atrous_kernels.reference import conv_bn_relu as reference
@@ -69,6 +71,28 @@ torch.library.register_autograd("atrous::conv2d_statistics", _backward, setup_co
 conv2d_statistics = torch.ops.atrous.conv2d_statistics.default
 
 
+def _native(input: Tensor, weight: Tensor, ready: Tensor | None, geometry: tuple[Any, ...], tile: int) -> Any:
+    return torch.ops.atrous_native.conv2d_statistics(input, weight, ready, *geometry, tile)
+
+
+def _cpu(input: Tensor, weight: Tensor, *geometry: Any) -> Any:
+    if geometry[3] == input.shape[1] == weight.shape[0] > 1:  # depthwise: its kernels take no statistics
+        output = torch.ops.atrous_native.conv2d(input, weight, None, *geometry)
+        return output, *torch.ops.atrous_native.batch_norm_statistics(output)
+    return _native(input, weight, conv.packed_weight(weight, geometry[3]), geometry, 0)
+
+
+def _winograd(input: Tensor, weight: Tensor, *geometry: Any) -> Any:
+    tile, ready = winograd.plan(input.shape, weight, geometry, False)
+    return _native(input, weight, ready, geometry, tile)
+
+
+def _framework(input: Tensor, weight: Tensor, *geometry: Any) -> Any:
+    output = conv.framework_conv2d(input, weight, None, *geometry)
+    native_pass = output.is_cpu and output.dtype in NATIVE_DTYPES and native.cpu_missing() is None
+    return output, *(torch.ops.atrous_native if native_pass else reference).batch_norm_statistics(output)
+
+
 def _reference(input: Tensor, weight: Tensor, *geometry: Any) -> tuple[Tensor, Tensor, Tensor]:
     output = reference_conv2d.conv2d(input, weight, None, *geometry)
     return output, *reference.batch_norm_statistics(output)
@@ -78,10 +102,29 @@ def _always(problem: ConvProblem) -> None:
     return None
 
 
+def _last_resort(problem: ConvProblem) -> str:
+    return "plain PyTorch, tap by tap: for checking, not for speed"
+
+
+def _cpu_can_run(problem: ConvProblem) -> str | None:
+    if problem.device_type != "cpu":
+        return f"runs on the CPU, not on {problem.device_type}"
+    if problem.dtype not in NATIVE_DTYPES:
+        return f"{problem.dtype} is not one of {', '.join(map(str, NATIVE_DTYPES))}"
+    return native.cpu_missing()
+
+
+def _loses_as_conv2d(name: str) -> Callable[[ConvProblem], str | None]:
+    return next(i.loses for i in dispatch.implementations("conv2d") if i.name == name)
+
+
 dispatch.register(
     "conv2d_statistics",
     [
+        Implementation("winograd", _winograd, winograd.can_run, _loses_as_conv2d("winograd")),
+        Implementation("cpu", _cpu, _cpu_can_run, _loses_as_conv2d("cpu")),
         Implementation("triton", triton.conv2d_statistics, triton_can_run, conv.gpu_unmeasured),
-        Implementation("reference", _reference, _always, _always),
+        Implementation("torch", _framework, _always, _always),
+        Implementation("reference", _reference, _always, _last_resort),
     ],
 )

@@ -156,7 +156,16 @@ class Normalisation(NamedTuple):
         shift = shift if bn_bias is None else shift + bn_bias
         return (weight.to(wide) * scale[:, None, None, None]).to(weight.dtype), shift.to(weight.dtype)
 
-    def apply(self, out: Tensor, *, folded: bool, activation: str, backend: str, known: Known = None) -> Tensor:
+    def apply(
+        self,
+        out: Tensor,
+        *,
+        folded: bool,
+        activation: str,
+        backend: str,
+        known: Known = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
         """Normalised (unless folded) and activated; ``out`` is overwritten where nobody needs it."""
         bn_weight, bn_bias, mean, var = self.norm
         name = chosen(out, self.training, self.process_group, activation, backend)
@@ -175,7 +184,9 @@ class Normalisation(NamedTuple):
         if name == "torch":
             out = torch.nn.functional.batch_norm(out, mean, var, bn_weight, bn_bias, True, self.momentum, self.eps)
             return activate(out, activation, inplace=True)
-        out, batch_mean, moment, count = train(out, bn_weight, bn_bias, self.eps, activation, name, self.process_group, known)
+        out, batch_mean, moment, count = train(
+            out, bn_weight, bn_bias, self.eps, activation, name, self.process_group, known, residual
+        )
         if mean is not None and var is not None and count > 0:
             update_running(mean, var, batch_mean, moment, count, self.momentum)
         return out
@@ -200,17 +211,20 @@ def conv_bn_relu(
         input, weight, residual = autocast(input, weight, residual)
         run: Any = conv_bn_act_kernel if conv.unobserved(input, weight, residual, *norm) else conv_bn_act
         return run(input, weight, *norm, residual, eps, activation, *geometry, backend)
-    if residual is not None:
+    name = chosen(input, True, process_group, activation, backend) if training else ""
+    if statistics := name in ("cpu", "triton"):
+        input, weight = autocast(input, weight)
+    added_in_pass = name == "cpu" and process_group is None and residual is not None and residual.dtype is input.dtype
+    if residual is not None and not added_in_pass:
         out = conv_bn_relu(
             input, weight, norm, geometry, training=training, momentum=momentum, eps=eps, activation="none",
             process_group=process_group, backend=backend,
         )  # fmt: skip
         return activate(out + residual, activation, inplace=not torch.compiler.is_compiling())
     following = Normalisation(norm, training, momentum, eps, process_group)
-    if training and process_group is None and chosen(input, True, None, activation, backend) == "triton":
-        input, weight = autocast(input, weight)
-        out, *known = conv2d_statistics(input, weight, *geometry, "triton")
-        return following.apply(out, folded=False, activation=activation, backend=backend, known=known)
+    if statistics:
+        out, *known = conv2d_statistics(input, weight, *geometry, inner_backend(input, True, process_group, backend))
+        return following.apply(out, folded=False, activation=activation, backend=backend, known=known, residual=residual)
     weight, bias = following.fold(input, weight, backend)
     inner = inner_backend(input, training, process_group, backend)
     out = conv.conv2d(input, weight, bias, *geometry, inner)

@@ -36,8 +36,11 @@ def batch_norm_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (x - _column(mean)).square().sum(_SPACE)
 
 
-def batch_norm_act(input: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, low: float, high: float) -> Tensor:
-    return _y(input, mean, scale, shift).clamp(low, high).to(input.dtype)
+def batch_norm_act(
+    input: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, low: float, high: float, residual: Tensor | None = None
+) -> Tensor:
+    y = _y(input, mean, scale, shift)
+    return (y if residual is None else y + residual.to(y.dtype)).clamp(low, high).to(input.dtype)
 
 
 def batch_norm_act_(input: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, low: float, high: float) -> None:

@@ -83,10 +83,11 @@ Correlation winograd_job(const WinogradShape& s, ConstTensor src, ConstTensor we
 }  // namespace
 
 void conv2d(const Conv2dShape& s, DType dtype, ConstTensor input, ConstTensor weight, const void* packed,
-            const void* bias, MutableTensor output, const Finish& finish) {
+            const void* bias, MutableTensor output, const Finish& finish, const Statistics& statistics) {
   Correlation job = forward_job(s, input, weight, bias, output);
   job.packed = packed;
   job.finish = finish;
+  job.statistics = statistics;
   correlate(job, dtype, is_depthwise(s));
 }
 
@@ -125,9 +126,10 @@ void winograd_weight(const WinogradShape& shape, ConstTensor weight, float* tran
 }
 
 void conv2d_winograd(const WinogradShape& shape, ConstTensor src, ConstTensor weight, const float* transformed,
-                     const void* bias, MutableTensor dst, const Finish& finish) {
+                     const void* bias, MutableTensor dst, const Finish& finish, const Statistics& statistics) {
   Correlation job = winograd_job(shape, src, weight, bias, dst);
   job.finish = finish;
+  job.statistics = statistics;
   winograd_correlate(job, shape.tile, transformed);
 }
 

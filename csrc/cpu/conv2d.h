@@ -40,10 +40,17 @@ inline bool is_depthwise(const Conv2dShape& s) {
   return s.groups > 1 && s.groups == s.in_channels && s.groups == s.out_channels;
 }
 
+// Of a convolution's output, taken while it is in a cache: mean and moment (sum of squared distances from the mean), out_channels
+// values each in the type of the sums. Null: not wanted. Sums are taken as they are before they are rounded to bfloat16.
+struct Statistics {
+  void* mean = nullptr;
+  void* moment = nullptr;
+};
+
 // bias: out_channels contiguous values of the same dtype, or null. packed: by pack_conv2d_weight, or null; not for
-// depthwise convolution, whose weights are small. finish: out_channels values.
+// depthwise convolution, whose weights are small. finish: out_channels values. statistics: not of depthwise convolution.
 void conv2d(const Conv2dShape& shape, DType dtype, ConstTensor input, ConstTensor weight, const void* packed,
-            const void* bias, MutableTensor output, const Finish& finish = {});
+            const void* bias, MutableTensor output, const Finish& finish = {}, const Statistics& statistics = {});
 // Whether finish.residual can be used: sums are written straight to their place, in whole vectors.
 bool adds_residual(const Conv2dShape& shape, DType dtype, MutableTensor output);
 int64_t packed_conv2d_weight_bytes(const Conv2dShape& shape, DType dtype);
@@ -65,7 +72,7 @@ struct WinogradShape {
 int64_t winograd_weight_elements(const WinogradShape& shape);
 void winograd_weight(const WinogradShape& shape, ConstTensor weight, float* transformed);
 void conv2d_winograd(const WinogradShape& shape, ConstTensor src, ConstTensor weight, const float* transformed,
-                     const void* bias, MutableTensor dst, const Finish& finish = {});
+                     const void* bias, MutableTensor dst, const Finish& finish = {}, const Statistics& statistics = {});
 void conv2d_weight_winograd(const WinogradShape& shape, ConstTensor input, ConstTensor grad_output,
                             MutableTensor grad_weight);
 

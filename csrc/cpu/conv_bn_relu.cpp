@@ -4,8 +4,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "conv_bn_relu_kernels.h"
-#include "runtime.h"
+#include "statistics.h"
 
 namespace atrous::cpu {
 namespace {
@@ -14,12 +13,6 @@ namespace {
 constexpr int64_t piece_bytes = 128 << 10;
 // Sums within a piece are plain single precision: no more rows than this keep their error at a few units.
 constexpr int64_t piece_rows = 1024;
-
-template <class T> const NormKernels& norm_kernels() {
-  if constexpr (std::is_same_v<T, double>) return table<NormTable>().f64;
-  else if constexpr (std::is_same_v<T, bf16>) return table<NormTable>().bf16;
-  else return table<NormTable>().f32;
-}
 
 template <class T, class P> P* step(P* data, int64_t elements) {
   using Byte = std::conditional_t<std::is_const_v<P>, const char, char>;
@@ -61,6 +54,7 @@ template <class T> struct Pieces {
         pass.rows = s.channels_last ? size : 1;
         pass.channels = s.channels_last ? s.channels : size;
         pass.x = step<T>(pass.x, at);
+        pass.residual = step<T>(pass.residual, at);
         pass.grad = step<T>(pass.grad, at);
         pass.out = step<T>(pass.out, at);
         for (const void** parameter : {&pass.mean, &pass.scale, &pass.shift, &pass.slope, &pass.offset})
@@ -78,57 +72,33 @@ template <class T> struct Pieces {
   }
 };
 
-template <class A> struct Partials {
-  explicit Partials(int64_t parts, int64_t channels)
-      : memory(2 * parts * channels * sizeof(A)), channels(channels), sum(memory.as<A>()), product(sum + parts * channels) {}
-  void direct(NormPass& pass, int64_t part, int64_t channel) const {
-    pass.sum = sum + part * channels + channel;
-    pass.product = product + part * channels + channel;
-  }
-  Scratch memory;
-  int64_t channels;
-  A *sum, *product;
-};
-
 template <class T> void statistics(const NormShape& s, const void* x, void* mean_out, void* moment_out) {
   using A = Accumulator<T>;
   const Pieces<T> pieces(s);
-  const Partials<A> partial(pieces.parts(), s.channels);
+  PartialStatistics<A> partial(s.channels);
+  for (int64_t part = 0; part < pieces.parts(); ++part) partial.add(pieces.elements_of(part));
+  partial.room();
   NormPass whole{};
   whole.x = x;
   const auto kernel = s.channels_last ? norm_kernels<T>().statistics : norm_kernels<T>().statistics_plane;
   pieces.run(whole, [&](NormPass& pass, int64_t part, int64_t channel) {
-    partial.direct(pass, part, channel);
+    pass.sum = partial.mean(part) + channel;
+    pass.product = partial.moment(part) + channel;
     kernel(pass);
   });
-  // Chan, Golub & LeVeque's update, part after part, in double: exact enough for any number of parts.
-  const Scratch memory(2 * s.channels * sizeof(double));
-  double *mean = memory.as<double>(), *moment = mean + s.channels;
-  std::fill(mean, mean + 2 * s.channels, 0.0);
-  double seen = 0;
-  for (int64_t part = 0; part < pieces.parts(); ++part) {
-    const double n = static_cast<double>(pieces.elements_of(part));
-    seen += n;
-    const double share = n / seen, cross = n * (seen - n) / seen;
-    const A *m = partial.sum + part * s.channels, *q = partial.product + part * s.channels;
-    for (int64_t c = 0; c < s.channels; ++c) {
-      const double distance = static_cast<double>(m[c]) - mean[c];
-      mean[c] += distance * share;
-      moment[c] += static_cast<double>(q[c]) + distance * distance * cross;
-    }
-  }
-  std::copy(mean, mean + s.channels, static_cast<A*>(mean_out));
-  std::copy(moment, moment + s.channels, static_cast<A*>(moment_out));
+  partial.merge(static_cast<A*>(mean_out), static_cast<A*>(moment_out));
 }
 
 template <class T>
 void sums(const NormShape& s, const NormPass& whole, void* sum_out, void* product_out) {
   using A = Accumulator<T>;
   const Pieces<T> pieces(s);
-  const Partials<A> partial(pieces.parts(), s.channels);
+  const Scratch partial(2 * pieces.parts() * s.channels * sizeof(A));
+  A *part_sum = partial.as<A>(), *part_product = part_sum + pieces.parts() * s.channels;
   const auto kernel = s.channels_last ? norm_kernels<T>().sums : norm_kernels<T>().sums_plane;
   pieces.run(whole, [&](NormPass& pass, int64_t part, int64_t channel) {
-    partial.direct(pass, part, channel);
+    pass.sum = part_sum + part * s.channels + channel;
+    pass.product = part_product + part * s.channels + channel;
     kernel(pass);
   });
   const Scratch memory(2 * s.channels * sizeof(double));
@@ -136,8 +106,8 @@ void sums(const NormShape& s, const NormPass& whole, void* sum_out, void* produc
   std::fill(sum, sum + 2 * s.channels, 0.0);
   for (int64_t part = 0; part < pieces.parts(); ++part) {
     for (int64_t c = 0; c < s.channels; ++c) {
-      sum[c] += static_cast<double>(partial.sum[part * s.channels + c]);
-      product[c] += static_cast<double>(partial.product[part * s.channels + c]);
+      sum[c] += static_cast<double>(part_sum[part * s.channels + c]);
+      product[c] += static_cast<double>(part_product[part * s.channels + c]);
     }
   }
   std::copy(sum, sum + s.channels, static_cast<A*>(sum_out));
@@ -173,9 +143,11 @@ void norm_statistics(const NormShape& shape, DType dtype, const void* x, void* m
   by_type(dtype, [&](auto type) { statistics<decltype(type)>(shape, x, mean, moment); });
 }
 
-void norm_apply(const NormShape& shape, DType dtype, const NormParameters& parameters, const void* x, void* out) {
+void norm_apply(const NormShape& shape, DType dtype, const NormParameters& parameters, const void* x, const void* residual,
+                void* out) {
   NormPass pass = pass_of(parameters);
   pass.x = x;
+  pass.residual = residual;
   pass.out = out;
   by_type(dtype, [&](auto type) { elementwise<decltype(type)>(shape, pass); });
 }

@@ -22,8 +22,9 @@ struct NormParameters {
 
 // mean and moment (sum of squared distances from the mean): [channels], accumulator type; zero without any element.
 void norm_statistics(const NormShape& shape, DType dtype, const void* x, void* mean, void* moment);
-// out may be x itself.
-void norm_apply(const NormShape& shape, DType dtype, const NormParameters& parameters, const void* x, void* out);
+// residual: added to y, or null. out may be x itself.
+void norm_apply(const NormShape& shape, DType dtype, const NormParameters& parameters, const void* x, const void* residual,
+                void* out);
 // sum = sum of y's gradient, product = sum of y's gradient * (x - mean): [channels], accumulator type.
 void norm_sums(const NormShape& shape, DType dtype, const NormParameters& parameters, const void* grad, const void* x,
                void* sum, void* product);

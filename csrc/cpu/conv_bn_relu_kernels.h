@@ -5,13 +5,14 @@
 
 namespace atrous::cpu {
 
-// With y = (x - mean) * scale + shift: the output is y held between low and high, and y's gradient is zero where it was held.
+// With y = (x - mean) * scale + shift (+ residual): the output is y held between low and high, and y's gradient is zero where it was held.
 // A pass runs over `rows` of `channels` neighbours. NHWC: a row is a pixel and every column has parameters of its own. NCHW:
 // `channels` counts the pixels of one plane and the parameters are single values (the functions ending in _plane).
-// x, grad and out have the storage type; everything else the accumulator type.
+// x, residual, grad and out have the storage type; everything else the accumulator type.
 struct NormPass {
   int64_t rows, channels;
-  const void *x, *grad;
+  const void *x, *residual, *grad;  // residual: of apply, or null
+  const int64_t* at;  // statistics: elements from x to every row; null: rows follow each other
   void* out;
   const void *mean, *scale, *shift;
   const void *slope, *offset;  // input gradient: scale * grad + slope * (x - mean) + offset

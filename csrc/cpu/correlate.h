@@ -18,6 +18,7 @@ struct Correlation {
   const void* bias;
   const void* packed;  // the weights by pack_dense_weight, or null
   Finish finish;       // of all groups' channels
+  Statistics statistics;
 
   int64_t taps() const { return h.taps * w.taps; }
   double flops() const {

@@ -11,6 +11,7 @@
 
 #include "correlate.h"
 #include "pack_weight.h"
+#include "statistics.h"
 #include "typed.h"
 
 namespace atrous::cpu {
@@ -35,6 +36,7 @@ struct Item {
   int64_t first, pixels;
   int64_t panel;
   int64_t sums;  // where its sums lie in the buffer of the slab
+  int64_t part;  // of the statistics: its first one
 };
 
 void source_rows(const Axis& h, Slab& slab) {
@@ -74,7 +76,8 @@ template <class S, class A> class DenseCorrelation {
   DenseCorrelation(const Correlation& job)
       : job_(job),
         mm_(matmul_kernels<A>()),
-        layout_(WeightLayout::make<A>(job.dst_channels, job.src_channels, job.taps())) {
+        layout_(WeightLayout::make<A>(job.dst_channels, job.src_channels, job.taps())),
+        statistics_(job.groups * job.dst_channels) {
     const bool nhwc = job.src.strides.c == 1 || job.src_channels == 1;
     // Pixels whole pages apart would compete for a few cache sets; with several taps, copying them together pays.
     const bool crowded = job.taps() > 1 && job.src.strides.w * static_cast<int64_t>(sizeof(S)) % cache_alias == 0;
@@ -120,14 +123,18 @@ template <class S, class A> class DenseCorrelation {
         std::copy_n(static_cast<const Acc*>(job_.finish.scale) + group * job_.dst_channels, job_.dst_channels, scale_);
         std::copy_n(static_cast<const Acc*>(job_.finish.shift) + group * job_.dst_channels, job_.dst_channels, shift_);
       }
+      parts_ = 0;
       for (const Slab& slab : slabs) run_slab(slab);
     }
+    if (job_.statistics.mean != nullptr)
+      statistics_.merge(static_cast<Acc*>(job_.statistics.mean), static_cast<Acc*>(job_.statistics.moment));
   }
 
  private:
   void run_slab(const Slab& slab) {
     const std::vector<Item> items = make_items(slab);
     if (items.empty()) return;
+    statistics_.room();
     const int64_t chunks = static_cast<int64_t>(layout_.chunks.size());
     if (!staged_) {
       const Strides& s = job_.src.strides;
@@ -195,15 +202,24 @@ template <class S, class A> class DenseCorrelation {
     sums_elements_ = 0;
     for (const auto& [h, w] : rectangles) {
       const int64_t size = images * (h.stop - h.start) * (w.stop - w.start);
-      for (int64_t first = 0; first < size; first += block)
+      for (int64_t first = 0; first < size; first += block) {
+        const int64_t mine = std::min(block, size - first);
         for (int64_t panel = 0; panel < panels; ++panel) {
-          const int64_t mine = std::min(block, size - first);
-          items.push_back({h, w, first, mine, panel, sums_elements_});
+          items.push_back({h, w, first, mine, panel, sums_elements_, parts_});
           sums_elements_ += mine * layout_.panels[panel].width;
         }
+        count_parts(mine);
+      }
     }
     slab_ = slab;
     return items;
+  }
+
+  // The statistics have parts of one size, whatever the height of a block, which depends on the threads.
+  void count_parts(int64_t pixels) {
+    if (job_.statistics.mean == nullptr) return;
+    for (int64_t first = 0; first < pixels; first += small_block_pixels, ++parts_)
+      if (group_ == 0) statistics_.add(std::min(small_block_pixels, pixels - first));
   }
 
   void run_items(const std::vector<Item>& items, Acc* sums, int64_t chunk, int64_t chunk_end) {
@@ -235,7 +251,9 @@ template <class S, class A> class DenseCorrelation {
       Acc* block = sums != nullptr ? sums + item->sums : local.as<Acc>();
       for (int64_t c = chunk; c < chunk_end; ++c)
         multiply(*item, layout_.chunks[c], from.data(), to.data(), a_offset, b, block);
-      if (!direct_ && chunk_end == static_cast<int64_t>(layout_.chunks.size())) emit(*item, to.data(), block);
+      if (chunk_end < static_cast<int64_t>(layout_.chunks.size())) continue;
+      if (!direct_) emit(*item, to.data(), block);
+      if (job_.statistics.mean != nullptr) take_statistics(*item, to.data(), block);
     }
   }
 
@@ -312,9 +330,24 @@ template <class S, class A> class DenseCorrelation {
     }
   }
 
+  void take_statistics(const Item& item, const int64_t* to, const Acc* block) {
+    const Panel& panel = layout_.panels[item.panel];
+    const int64_t channel = group_ * job_.dst_channels + panel.first;
+    const Acc* written = direct_ ? static_cast<const Acc*>(job_.dst.data) + channel * job_.dst.strides.c : block;
+    std::array<int64_t, small_block_pixels> at;
+    int64_t part = item.part;
+    for (int64_t first = 0; first < item.pixels; first += small_block_pixels, ++part) {
+      for (int64_t i = 0; i < std::min(small_block_pixels, item.pixels - first); ++i)
+        at[i] = direct_ ? to[first + i] : (first + i) * panel.width;
+      statistics_.take(part, channel, panel.columns, written, at.data());
+    }
+  }
+
   const Correlation& job_;
   const MatmulKernels& mm_;
   const WeightLayout layout_;
+  PartialStatistics<Acc> statistics_;
+  int64_t parts_ = 0;
   bool staged_, direct_, fused_;
   int64_t threads_, group_ = 0, sums_elements_ = 0;
   const A* packed_ = nullptr;

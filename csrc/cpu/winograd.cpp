@@ -8,6 +8,7 @@
 #include "winograd.h"
 
 #include "pack_weight.h"
+#include "statistics.h"
 #include "winograd_tiles.h"
 
 namespace atrous::cpu {
@@ -32,7 +33,8 @@ class WinogradCorrelation : Winograd {
                  Layout(job).depth * Layout(job).columns, job.flops()),
         job_(job),
         layout_(job),
-        write_in_place_(job.dst.strides.c == 1 && job.dst_channels % lanes_ == 0) {}
+        write_in_place_(job.dst.strides.c == 1 && job.dst_channels % lanes_ == 0),
+        statistics_(job.groups * job.dst_channels) {}
 
   void run(const float* transformed) {
     const int64_t tiles = rows_per_block_ * tiles_per_row_;
@@ -40,6 +42,7 @@ class WinogradCorrelation : Winograd {
     Scratch source(source_points.bytes(points_)), sums(sums_points.bytes(points_));
     std::vector<float> bias(static_cast<size_t>(layout_.columns)), scale(bias), shift(bias);
     Reader from = source_reader(job_.src, job_.src_channels);
+    count_parts();
     for (int64_t group = 0; group < job_.groups; ++group) {
       from.tensor.data = static_cast<const float*>(job_.src.data) + group * job_.src_channels * job_.src.strides.c;
       float* dst = static_cast<float*>(job_.dst.data) + group * job_.dst_channels * job_.dst.strides.c;
@@ -57,13 +60,24 @@ class WinogradCorrelation : Winograd {
           Finish finish = job_.finish;
           if (finish.scale != nullptr) finish.scale = scale.data() + first, finish.shift = shift.data() + first;
           write_row(row, first, channels, stage, sums_points, sums.as<float>(), bias.data() + first, finish,
-                    dst + first * job_.dst.strides.c);
+                    dst + first * job_.dst.strides.c, group * job_.dst_channels + first);
         });
       });
     }
+    if (job_.statistics.mean != nullptr)
+      statistics_.merge(static_cast<float*>(job_.statistics.mean), static_cast<float*>(job_.statistics.moment));
   }
 
  private:
+  // A part of the statistics is a line of pixels, as many to a row of tiles as a tile has.
+  void count_parts() {
+    if (job_.statistics.mean == nullptr) return;
+    for (int64_t row = 0; row < total_rows_; ++row)
+      for (int64_t i = 0; i < h_.size.written; ++i)
+        statistics_.add(start_of(row) + i * h_.axis.tap_step < h_.axis.n_out ? w_.axis.n_out : 0);
+    statistics_.room();
+  }
+
   // The block's tiles that need a point, or do not.
   std::vector<int64_t> tiles_by_need(int64_t rows, int64_t point, bool needed) const {
     std::vector<int64_t> found;
@@ -121,7 +135,7 @@ class WinogradCorrelation : Winograd {
   }
 
   void write_row(int64_t row, int64_t first, int64_t channels, float* stage, const Points& points, float* sums,
-                 const float* bias, const Finish& finish, float* dst) const {
+                 const float* bias, const Finish& finish, float* dst, int64_t channel) {
     const Strides& d = job_.dst.strides;
     float* image = dst + image_of(row) * d.n;
     const int64_t pixel_step = write_in_place_ ? d.w : channels;
@@ -143,16 +157,22 @@ class WinogradCorrelation : Winograd {
       transforms_.output(from, points.point_step, channels / lanes_, bias, finish, pixels.data());
       from += points.tile_step;
     }
-    if (write_in_place_) return;
     const int64_t real = std::min(channels, job_.dst_channels - first);
-    for (int64_t i = 0; i < h_.size.written; ++i)
-      if (lines[i] != nullptr)
+    std::vector<int64_t> at;
+    if (job_.statistics.mean != nullptr)
+      for (int64_t x = 0; x < width; ++x) at.push_back(x * pixel_step);
+    for (int64_t i = 0; i < h_.size.written; ++i) {
+      if (lines[i] == nullptr) continue;
+      if (!write_in_place_)
         copy_matrix(width, real, lines[i], channels, 1, image + (start_of(row) + i * rate) * d.h, d.w, d.c);
+      if (!at.empty()) statistics_.take((first_row_ + row) * h_.size.written + i, channel, real, lines[i], at.data());
+    }
   }
 
   const Correlation& job_;
   const Layout layout_;
   const bool write_in_place_;
+  PartialStatistics<float> statistics_;
 };
 
 }  // namespace

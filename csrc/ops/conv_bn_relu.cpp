@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdint>
+#include <optional>
 #include <tuple>
 
 #include "conv2d_check.h"
@@ -47,14 +48,14 @@ cpu::NormShape shape_of(const char* name, const Tensor& t) {
   return s;
 }
 
-// Gradient and input element by element: the same sizes, dtype and layout.
-cpu::NormShape shape_of(const Tensor& grad, const Tensor& input) {
+// Gradient, or residual, and input element by element: the same sizes, dtype and layout.
+cpu::NormShape shape_of(const char* name, const Tensor& other, const Tensor& input) {
   const cpu::NormShape s = shape_of("input", input);
-  check_alike("grad", grad, "input", input);
-  if (sizes_of(grad) != sizes_of(input))
-    fail("grad", "expected the sizes of input ", text(sizes_of(input)), ", but got ", text(sizes_of(grad)));
-  const bool alike = s.channels_last ? dense_along(grad, {1, 3, 2, 0}) : dense_along(grad, {3, 2, 1, 0});
-  if (!alike) fail("grad", "expected the memory layout of input");
+  check_alike(name, other, "input", input);
+  if (sizes_of(other) != sizes_of(input))
+    fail(name, "expected the sizes of input ", text(sizes_of(input)), ", but got ", text(sizes_of(other)));
+  const bool alike = s.channels_last ? dense_along(other, {1, 3, 2, 0}) : dense_along(other, {3, 2, 1, 0});
+  if (!alike) fail(name, "expected the memory layout of input");
   return s;
 }
 
@@ -84,26 +85,27 @@ std::tuple<Tensor, Tensor> statistics(const Tensor& input) {
 }
 
 void apply_into(const Tensor& input, const Tensor& mean, const Tensor& scale, const Tensor& shift, double low, double high,
-                const Tensor& output) {
-  const cpu::NormShape s = shape_of("input", input);
+                const std::optional<Tensor>& residual, const Tensor& output) {
+  const cpu::NormShape s = residual ? shape_of("residual", *residual, input) : shape_of("input", input);
   if (input.numel() > 0)
     cpu::norm_apply(s, dtype_of(input), parameters_of(input, mean, scale, shift, low, high), input.const_data_ptr(),
-                    output.mutable_data_ptr());
+                    residual ? residual->const_data_ptr() : nullptr, output.mutable_data_ptr());
 }
 
-Tensor apply(const Tensor& input, const Tensor& mean, const Tensor& scale, const Tensor& shift, double low, double high) {
+Tensor apply(const Tensor& input, const Tensor& mean, const Tensor& scale, const Tensor& shift, double low, double high,
+             const std::optional<Tensor>& residual) {
   Tensor output = empty(sizes_of(input), input, shape_of("input", input).channels_last);
-  apply_into(input, mean, scale, shift, low, high, output);
+  apply_into(input, mean, scale, shift, low, high, residual, output);
   return output;
 }
 
 void apply_(const Tensor& input, const Tensor& mean, const Tensor& scale, const Tensor& shift, double low, double high) {
-  apply_into(input, mean, scale, shift, low, high, input);
+  apply_into(input, mean, scale, shift, low, high, std::nullopt, input);
 }
 
 std::tuple<Tensor, Tensor> sums(const Tensor& grad, const Tensor& input, const Tensor& mean, const Tensor& scale,
                                 const Tensor& shift, double low, double high) {
-  const cpu::NormShape s = shape_of(grad, input);
+  const cpu::NormShape s = shape_of("grad", grad, input);
   Tensor sum = empty_sums(input), product = empty_sums(input);
   if (s.channels > 0)
     cpu::norm_sums(s, dtype_of(input), parameters_of(input, mean, scale, shift, low, high), grad.const_data_ptr(),
@@ -113,7 +115,7 @@ std::tuple<Tensor, Tensor> sums(const Tensor& grad, const Tensor& input, const T
 
 Tensor input_gradient(const Tensor& grad, const Tensor& input, const Tensor& mean, const Tensor& scale, const Tensor& shift,
                       const Tensor& slope, const Tensor& offset, double low, double high) {
-  const cpu::NormShape s = shape_of(grad, input);
+  const cpu::NormShape s = shape_of("grad", grad, input);
   Tensor output = empty(sizes_of(input), input, s.channels_last);
   if (input.numel() > 0)
     cpu::norm_input_gradient(s, dtype_of(input), parameters_of(input, mean, scale, shift, low, high),
@@ -128,7 +130,7 @@ Tensor input_gradient(const Tensor& grad, const Tensor& input, const Tensor& mea
 STABLE_TORCH_LIBRARY_FRAGMENT(atrous_native, m) {
 #define ATROUS_NORM "Tensor mean, Tensor scale, Tensor shift, "
   m.def("batch_norm_statistics(Tensor input) -> (Tensor, Tensor)");
-  m.def("batch_norm_act(Tensor input, " ATROUS_NORM "float low, float high) -> Tensor");
+  m.def("batch_norm_act(Tensor input, " ATROUS_NORM "float low, float high, Tensor? residual=None) -> Tensor");
   m.def("batch_norm_act_(Tensor(a!) input, " ATROUS_NORM "float low, float high) -> ()");
   m.def("batch_norm_act_sums(Tensor grad, Tensor input, " ATROUS_NORM "float low, float high) -> (Tensor, Tensor)");
   m.def("batch_norm_act_input(Tensor grad, Tensor input, " ATROUS_NORM

@@ -116,13 +116,14 @@ class SamePaddedConv2d(Conv2d):
 def conv_bn(
     convolution: nn.Module, norm: nn.Module, x: Tensor, activation: str = "relu", residual: Tensor | None = None
 ) -> Tensor:
-    """Convolution, BatchNorm, sum with ``residual``, ``activation`` (``"relu"``, ``"relu6"`` or ``"none"``); one op in inference.
+    """Convolution, BatchNorm, sum with ``residual``, ``activation`` (``"relu"``, ``"relu6"`` or ``"none"``), as one op.
 
     Modules with hooks and convolutions of another class run one by one, so that nothing is skipped.
     """
     hooked = convolution._forward_hooks or convolution._forward_pre_hooks or norm._forward_hooks or norm._forward_pre_hooks
-    ours = type(convolution) in (Conv2d, SamePaddedConv2d) and type(norm) is nn.BatchNorm2d
-    if norm.training or torch.is_grad_enabled() or hooked or not ours:
+    ours = type(convolution) in (Conv2d, SamePaddedConv2d) and type(norm) is nn.BatchNorm2d and convolution.bias is None
+    frozen = not norm.training and torch.is_grad_enabled()  # there, folding would cost every step
+    if hooked or frozen or not ours:
         y = norm(convolution(x))
         y = y if residual is None else y + residual
         return y if activation == "none" else F.relu(y, inplace=True) if activation == "relu" else F.relu6(y, inplace=True)

@@ -413,52 +413,7 @@ def test_every_instruction_set(isa: str) -> None:
     assert done.returncode == 0, done.stdout
 
 
-# A sum that is finished in the kernel -----------------------------------------------------------------------------------
-
-SHAPES = {
-    "dense": dict(c=24, o=32, kernel=3, padding=2, dilation=2, groups=1),
-    "pointwise": dict(c=40, o=48, kernel=1, padding=0, dilation=1, groups=1),
-    "odd width": dict(c=7, o=21, kernel=3, padding=1, dilation=1, groups=1),
-    "many chunks": dict(c=300, o=80, kernel=3, padding=1, dilation=1, groups=1),
-    "grouped": dict(c=24, o=32, kernel=3, padding=1, dilation=1, groups=4),
-    "depthwise": dict(c=37, o=37, kernel=5, padding=4, dilation=2, groups=37),
-    "short phases": dict(c=32, o=48, kernel=3, padding=7, dilation=7, groups=1),
-}
-# Sums of up to 2,700 products in another order, divided by their deviation; Winograd's rounding is some twenty times as large.
-# bf16: inputs are exact, the result is rounded once (2**-9), the truth not at all.
-FINISHED = {torch.float32: 2e-4, torch.float64: 1e-10, torch.bfloat16: 2e-2}
-
-
-@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
-@pytest.mark.parametrize("activation", ["relu", "relu6", "none"])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("dtype", FINISHED, ids=str)
-@pytest.mark.parametrize("backend", ["cpu", "winograd", "torch", "reference"])
-@pytest.mark.parametrize("name", SHAPES)
-def test_inference_finishes_its_sums(name, backend, dtype, layout, activation, residual, poison) -> None:
-    shape = SHAPES[name]
-    cannot = shape["kernel"] != 3 or shape["groups"] == shape["c"] or dtype is not torch.float32
-    if backend == "winograd" and cannot:
-        pytest.skip("Winograd's algorithm is for dense float32 3x3")
-    x = torch.randn(2, shape["c"], 13, 11).to(dtype).contiguous(memory_format=layout)
-    w = (torch.randn(shape["o"], shape["c"] // shape["groups"], *[shape["kernel"]] * 2) / 8).to(dtype)
-    w = w.contiguous(memory_format=layout)
-    norm = (torch.rand(shape["o"]) + 0.5, torch.randn(shape["o"]), torch.randn(shape["o"]), torch.rand(shape["o"]) + 0.5)
-    norm = tuple(t.to(torch.promote_types(dtype, torch.float32)) for t in norm)
-    geometry = dict(padding=shape["padding"], dilation=shape["dilation"], groups=shape["groups"])
-    bn_weight, bn_bias, mean, var = (t.double() for t in norm)
-    truth = F.batch_norm(F.conv2d(x.double(), w.double(), **geometry), mean, var, bn_weight, bn_bias)
-    add = torch.randn(truth.shape).to(dtype).contiguous(memory_format=layout) if residual else None
-    truth = truth if add is None else truth + add.double()
-    truth = {"relu": F.relu, "relu6": F.relu6, "none": lambda t: t}[activation](truth)
-    for _ in range(3):  # the third call has prepared weights
-        pairs = [(value, value) for value in (shape["padding"], shape["dilation"])]
-        out = torch.ops.atrous.conv_bn_act(x, w, *norm, add, 1e-5, activation, (1, 1), *pairs, shape["groups"], backend)
-        assert out.dtype is dtype
-        assert out.is_contiguous(memory_format=layout)
-        torch.testing.assert_close(out.double(), truth, rtol=FINISHED[dtype], atol=FINISHED[dtype])
-    auto = ak.conv_bn_relu(x, w, *norm, **geometry, activation=activation, residual=add)
-    torch.testing.assert_close(auto.double(), truth, rtol=FINISHED[dtype], atol=FINISHED[dtype])
+# With a residual --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -476,19 +431,36 @@ def test_residual_has_gradients(training: bool) -> None:
     assert torch.autograd.gradcheck(call, (x, w, residual))
 
 
-def test_residual_mistakes_are_named() -> None:
-    x, w, one = torch.zeros(1, 4, 6, 6), torch.zeros(8, 4, 3, 3), torch.ones(8)
-    with pytest.raises(ValueError, match=r"residual: expected the sizes of the output \[1, 8, 6, 6\]"):
-        ak.conv_bn_relu(x, w, one, one, one, one, padding=1, residual=torch.zeros(1, 8, 6, 5))
-    native = torch.ops.atrous_native.conv_bn_act
-    arguments = ([1, 1], [1, 1], [1, 1], 1, 0.0, 1.0, 0)
-    with pytest.raises(RuntimeError, match="residual: expected float32 or float64 sizes"):
-        native(x, w, None, None, None, one, one, 1e-5, torch.zeros(1, 8, 6, 6), *arguments)  # contiguous
-    with pytest.raises(RuntimeError, match="mean: expected 8 contiguous float32 values"):
-        native(x, w, None, None, None, one[:4], one, 1e-5, None, *arguments)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_training_adds_the_residual_in_its_pass(dtype, layout: str, activation: str, poison) -> None:
+    x, w, *norm = _tensors(PROBLEMS["several pieces"], dtype, layout)
+    residual = torch.randn(x.shape[0], w.shape[0], *x.shape[2:], dtype=dtype)  # of the other layout in half of the cases
+    leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, w, *norm[:2], residual)]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+
+    def call(x, w, g, b, residual):
+        running = (t.clone() for t in norm[2:])
+        return ak.conv_bn_relu(x, w, g, b, *running, training=True, activation=activation, residual=residual)
+
+    out, truth = call(*leaves), ACTIVATIONS[activation](F.batch_norm(F.conv2d(*wide[:2]), None, None, *wide[2:4], True) + wide[4])
+    upstream = torch.randn(out.shape, dtype=dtype)
+    pairs = zip(torch.autograd.grad(out, leaves, upstream), torch.autograd.grad(truth, wide, upstream.double()), strict=True)
+    for ours, theirs in [(out.detach(), truth.detach()), *pairs]:
+        assert ours.dtype is dtype
+        assert _error(ours, theirs) < TOLERANCE[dtype]
 
 
-def test_inference_op_is_registered_in_full() -> None:
-    norm = [torch.rand(5) + 0.5 for _ in range(4)]
-    arguments = (torch.randn(2, 3, 7, 6), torch.randn(5, 3, 3, 3), *norm, torch.randn(2, 5, 7, 6), 1e-5, "relu")
-    torch.library.opcheck(torch.ops.atrous.conv_bn_act.default, (*arguments, (1, 1), (1, 1), (1, 1), 1, "auto"))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_residual_twice(activation: str) -> None:
+    x, residual = (torch.randn(2, 3, 3, 2, dtype=torch.float64).requires_grad_() for _ in range(2))
+    w, g = torch.rand(3, dtype=torch.float64).requires_grad_(), torch.rand(3, dtype=torch.float64).requires_grad_()
+
+    backend = "reference" if native.cpu_missing() else "cpu"
+
+    def train(x, w, g, residual):
+        return op.batch_norm_act_train(x, w, g, 1e-5, activation, backend, None, None, residual)[0]
+
+    assert torch.autograd.gradgradcheck(train, (x, w, g, residual))
+    torch.library.opcheck(op.batch_norm_act_train, (x, w, g, 1e-5, activation, "reference", None, None, residual))

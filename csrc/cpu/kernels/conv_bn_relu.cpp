@@ -79,10 +79,11 @@ template <class T> void statistics(const NormPass& p) {
   A *mean = static_cast<A*>(p.sum), *moment = static_cast<A*>(p.product);
   clear(p.channels, mean);
   clear(p.channels, moment);
-  add_rows<T>(p, mean, [&](auto lane, int64_t row, int64_t c) { return lane.get(x + row * p.channels + c); });
+  const auto of_row = [&](int64_t row) { return x + (p.at == nullptr ? row * p.channels : p.at[row]); };
+  add_rows<T>(p, mean, [&](auto lane, int64_t row, int64_t c) { return lane.get(of_row(row) + c); });
   for (int64_t c = 0; c < p.channels; ++c) mean[c] /= static_cast<A>(p.rows);
   add_rows<T>(p, moment, [&](auto lane, int64_t row, int64_t c) {
-    const auto d = lane.get(x + row * p.channels + c) - lane.sums(mean + c);
+    const auto d = lane.get(of_row(row) + c) - lane.sums(mean + c);
     return d * d;
   });
 }
@@ -94,11 +95,19 @@ template <class T> void apply(const NormPass& p) {
   const A *mean = static_cast<const A*>(p.mean), *scale = static_cast<const A*>(p.scale),
           *shift = static_cast<const A*>(p.shift);
   const A low = static_cast<A>(p.low), high = static_cast<A>(p.high);
-  for (int64_t row = 0; row < p.rows; ++row, x += p.channels, out += p.channels)
-    along<T>(p.channels, [&](auto lane, int64_t c) {
-      const auto y = normalised(lane.get(x + c), lane.sums(mean + c), lane.sums(scale + c), lane.sums(shift + c));
-      lane.put(out + c, held(y, lane.all(low), lane.all(high)));
-    });
+  const T* residual = static_cast<const T*>(p.residual);
+  for (int64_t row = 0; row < p.rows; ++row, x += p.channels, out += p.channels) {
+    const auto y = [&](auto lane, int64_t c) {
+      return normalised(lane.get(x + c), lane.sums(mean + c), lane.sums(scale + c), lane.sums(shift + c));
+    };
+    const auto put = [&](auto lane, int64_t c, auto v) { lane.put(out + c, held(v, lane.all(low), lane.all(high))); };
+    if (residual == nullptr) {
+      along<T>(p.channels, [&](auto lane, int64_t c) { put(lane, c, y(lane, c)); });
+    } else {
+      along<T>(p.channels, [&](auto lane, int64_t c) { put(lane, c, y(lane, c) + lane.get(residual + c)); });
+      residual += p.channels;
+    }
+  }
 }
 
 template <class T> void sums(const NormPass& p) {
@@ -199,10 +208,13 @@ template <class T> void apply_plane(const NormPass& p) {
   using A = Accumulator<T>;
   const A mean = one<T>(p.mean), scale = one<T>(p.scale), shift = one<T>(p.shift);
   const A low = static_cast<A>(p.low), high = static_cast<A>(p.high);
-  along<T>(p.channels, [&](auto lane, int64_t i) {
-    const auto y = normalised(lane.get(x + i), lane.all(mean), lane.all(scale), lane.all(shift));
-    lane.put(out + i, held(y, lane.all(low), lane.all(high)));
-  });
+  const T* residual = static_cast<const T*>(p.residual);
+  const auto y = [&](auto lane, int64_t i) {
+    return normalised(lane.get(x + i), lane.all(mean), lane.all(scale), lane.all(shift));
+  };
+  const auto put = [&](auto lane, int64_t i, auto v) { lane.put(out + i, held(v, lane.all(low), lane.all(high))); };
+  if (residual == nullptr) along<T>(p.channels, [&](auto lane, int64_t i) { put(lane, i, y(lane, i)); });
+  else along<T>(p.channels, [&](auto lane, int64_t i) { put(lane, i, y(lane, i) + lane.get(residual + i)); });
 }
 
 template <class T> void sums_plane(const NormPass& p) {
