@@ -200,7 +200,7 @@ def psp_conv(
         input, levels, align_corners: as in :func:`upsample_concat`.
         weight: ``[O, C + sum of c, kh, kw]``, ``kh`` and ``kw`` odd; fastest channels-last.
         bias: ``[O]`` or None.
-        backend: of the convolution of the input's half, as in :func:`conv2d`.
+        backend: of the convolution of the input's half, as in :func:`conv2d`; "triton" adds the other half in one launch.
 
     Returns:
         ``[N, O, H, W]``; channels-last where the input or the weight is.

@@ -94,8 +94,8 @@ def _branches(
         read.to(tl.int64) * source_c, source_c, source_h, source_w, rate_h, rate_w,
         weight + read.to(tl.int64) * weight_read, written.to(tl.int64) * weight_written,
         weight_read, weight_h, weight_w, 1, 1,
-        kernel_row, kernel_col, taps_h, taps_w, read, channels_read, written, channels_written,
-        RAGGED, PRECISION, WIDEN, BLOCK_M, BLOCK_N, BLOCK_K,
+        kernel_row, kernel_col, taps_h, taps_w, read, channels_read, written, channels_written, None, None, None, None,
+        False, RAGGED, PRECISION, WIDEN, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
 
     in_range = written < channels_written

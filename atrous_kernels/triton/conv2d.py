@@ -27,8 +27,10 @@ from atrous_kernels.triton import launch_table
 from atrous_kernels.triton.common import sum_splits, tile_pixels
 from atrous_kernels.triton.epilogue import Epilogue, finish, store_moments
 from atrous_kernels.triton.runtime import (
+    Blocks,
     Launch,
     can_run,
+    copies_blocks,
     dot_precision,
     interpreting,
     kernel,
@@ -55,12 +57,15 @@ def accumulate(
     source_pixels, source_channels, source_c, source_h, source_w, tap_step_h, tap_step_w,
     weight_read_at, weight_written_at, weight_read, weight_h, weight_w, kernel_step_h, kernel_step_w,
     kernel_row, kernel_col, taps_h, taps_w, read, channels_read, written, channels_written,
-    RAGGED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    weight_blocks, weight_row, first_written, kernel_width,
+    GRADIENT: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A tile's sums over its valid taps and blocks of the channels read.
 
-    ``source_pixels`` are addresses at the first valid tap, ``source_channels`` offsets of the first block of channels.
+    ``source_pixels`` are addresses at the first valid tap, ``source_channels`` offsets of the first block of channels. Where
+    ``weight_blocks`` is given, weights come through it: rows are output channels, ``weight_row`` the first of the tile or, for
+    GRADIENT, of the group; columns are taps times input channels.
     """
     channel_blocks = tl.cdiv(channels_read, BLOCK_K)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -83,30 +88,39 @@ def accumulate(
             b = tl.load(weight_tile, mask=exists[:, None] & (written < channels_written)[None, :], other=0.0)
         else:
             a = tl.load(source_tile)
-            b = tl.load(weight_tile)
+            if weight_blocks is not None:
+                kernel_tap = (kernel_row + tap_row * kernel_step_h) * kernel_width + kernel_col + tap_col * kernel_step_w
+                kernel_tap = kernel_tap.to(tl.int32)
+                if GRADIENT:
+                    b = weight_blocks.load([weight_row + first_channel, kernel_tap * channels_written + first_written])
+                else:
+                    b = tl.trans(weight_blocks.load([weight_row, kernel_tap * channels_read + first_channel]))
+            else:
+                b = tl.load(weight_tile)
         if WIDEN:
             a, b = a.to(tl.float32), b.to(tl.float32)
         total = tl.dot(a, b, total, input_precision=PRECISION)
     return total
 
 
-@kernel(do_not_specialize=["rectangles", "batch", "column_blocks", "tap_step_h", "tap_step_w"])
+@kernel(do_not_specialize=["rectangles", "batch", "column_blocks", "tap_step_h", "tap_step_w", "kernel_width"])
 def _correlate(
-    source, weight, bias, target, table, rectangles, batch, column_blocks,
+    source, weight, weight_blocks, kernel_width, bias, target, table, rectangles, batch, column_blocks,
     channels_read, channels_written,  # both per group
     source_n, source_c, source_h, source_w,
     weight_group, weight_read, weight_written, weight_h, weight_w,
     target_n, target_c, target_h, target_w,
     source_step_h, source_step_w, tap_step_h, tap_step_w, kernel_step_h, kernel_step_w, target_step_h, target_step_w,
     mean, var, gain, residual, residual_n, residual_c, residual_h, residual_w, parts,
-    RECTANGLES: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    RECTANGLES: tl.constexpr, GRADIENT: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     EPS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One [BLOCK_M pixels, BLOCK_N channels] tile of the target; the grid is (tiles x column blocks, groups).
 
     ``*_n, _c, _h, _w`` are element strides; ``*_step`` count positions per target position, per tap, or per tap subset.
-    RAGGED: the channels read or written do not fill their last block. WIDEN: multiply in float32.
+    RAGGED: the channels read or written do not fill their last block. WIDEN: multiply in float32. ``weight_blocks`` may stand in
+    for the weight.
     """
     tile = tl.program_id(0) // column_blocks
     group = tl.program_id(1).to(tl.int64)
@@ -121,7 +135,9 @@ def _correlate(
     target_col = (tl.load(entry + 10 * rectangles) + col * target_step_w).to(tl.int64)
 
     read = tl.arange(0, BLOCK_K)
-    written = (tl.program_id(0) % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_written = (tl.program_id(0) % column_blocks) * BLOCK_N
+    written = first_written + tl.arange(0, BLOCK_N)
+    weight_row = tl.program_id(1) * channels_read if GRADIENT else tl.program_id(1) * channels_written + first_written
     source_pixels = source + image * source_n + source_row * source_h + source_col * source_w
     source_channels = (group * channels_read + read) * source_c
     weight_read_at = weight + group * weight_group + read.to(tl.int64) * weight_read
@@ -131,7 +147,8 @@ def _correlate(
         source_pixels, source_channels, source_c, source_h, source_w, tap_step_h, tap_step_w,
         weight_read_at, weight_written_at, weight_read, weight_h, weight_w, kernel_step_h, kernel_step_w,
         kernel_row, kernel_col, taps_h, taps_w, read, channels_read, written, channels_written,
-        RAGGED, PRECISION, WIDEN, BLOCK_M, BLOCK_N, BLOCK_K,
+        weight_blocks, weight_row, first_written, kernel_width,
+        GRADIENT, RAGGED, PRECISION, WIDEN, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
 
     in_range = written < channels_written
@@ -172,8 +189,10 @@ def _correlation(
     table, tiles = rectangle_table(axes, gradient, batch, block_m, target.device)
     column_blocks = -(-written // block_n)
     parts, merging = epilogue.parts(tiles, target.shape[1])
+    ragged = read % block_k != 0 or written % block_n != 0
+    blocks = None if ragged else _weight_blocks(weight, (block_k, block_n) if gradient else (block_n, block_k))
     arguments = {
-        "source": source, "weight": weight, "target": target,
+        "source": source, "weight": weight, "target": target, "weight_blocks": blocks, "kernel_width": weight.shape[3],
         "table": table, "rectangles": table.shape[1], "batch": batch, "column_blocks": column_blocks,
         "channels_read": read, "channels_written": written,
         **strides("source", source), **strides("target", target),
@@ -182,11 +201,22 @@ def _correlation(
     }  # fmt: skip
     constants = {
         "RECTANGLES": power_of_two(table.shape[1], 1, 1 << 20),
-        "RAGGED": read % block_k != 0 or written % block_n != 0,
+        "GRADIENT": gradient, "RAGGED": ragged,
         **dot_constants(source.dtype), **epilogue.constants(),
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
     }  # fmt: skip
     return [Launch(_correlate, (tiles * column_blocks, groups), arguments, constants, num_warps, num_stages), *merging]
+
+
+def _weight_blocks(weight: Tensor, block: tuple[int, int]) -> Blocks | None:
+    """A dense channels-last weight of 16 bits as a matrix of output channels by taps times input channels, where the device can
+    load it so. Its rows begin at multiples of 16 bytes where its channels fill their blocks."""
+    flat = weight.permute(0, 2, 3, 1)
+    if weight.dtype.itemsize != 2 or weight.numel() == 0 or not flat.is_contiguous() or not copies_blocks(weight.device):
+        return None
+    if weight.data_ptr() % 16 != 0 or max(weight.shape[0], flat[0].numel()) >= 2**31:
+        return None
+    return Blocks(weight, (weight.shape[0], flat[0].numel()), block)
 
 
 # Weight gradient ------------------------------------------------------------------------------------------------------

@@ -35,13 +35,13 @@ from atrous_kernels.triton import (
     upsample_cross_entropy,
 )
 from atrous_kernels.triton.epilogue import Epilogue
-from atrous_kernels.triton.runtime import Launch, interpreting
+from atrous_kernels.triton.runtime import Blocks, Launch, compiling_for, interpreting
 
 CAPABILITIES = (80, 90, 100)
 # Written in PTX for sm_80 and later, sm_90, sm_100; and what the counts are called in a row.
 _INSTRUCTIONS = {
     "mma": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma",
-    "async_copies": r"\bcp\.async\.c[ag]\.",
+    "async_copies": r"\bcp\.async\.c[ag]\.", "block_copies": r"\bcp\.async\.bulk\.tensor",
 }  # fmt: skip
 _POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32",
@@ -137,8 +137,7 @@ def _training_and_inference() -> Iterator[Case]:
         for name, shape in (("ASPP rate 12", dense), ("depthwise rate 12", depthwise)):
             problem = replace(shape, dtype=dtype, device_type="cuda", channels_last=channels_last)
             of = (str(problem), dtype, channels_last)
-            yield Case(name, "conv_bn_act", *of, partial(_conv_bn_act, problem, residual=False))
-            yield Case(f"{name}, residual", "conv_bn_act", *of, partial(_conv_bn_act, problem, residual=True))
+            yield Case(f"{name}, residual", "conv_bn_act", *of, partial(_conv_bn_act, problem))
             yield Case(name, "conv2d_statistics", *of, partial(_conv2d_statistics, problem))
             if problem.groups == 1:
                 yield Case("ASPP", "aspp_branches_act", *of, partial(_aspp, problem, training=False))
@@ -150,9 +149,9 @@ def _vectors(count: int, channels: int) -> list[Tensor]:
     return [torch.empty(channels, dtype=torch.float32, device="meta") for _ in range(count)]
 
 
-def _conv_bn_act(problem: ConvProblem, residual: bool) -> list[Launch]:
-    x, weight, beside = _operands(problem)
-    arguments = (x, weight, _vectors(4, problem.out_channels), beside if residual else None, 1e-5, 0.0, 6.0)
+def _conv_bn_act(problem: ConvProblem) -> list[Launch]:
+    x, weight, residual = _operands(problem)
+    arguments = (x, weight, _vectors(4, problem.out_channels), residual, 1e-5, 0.0, 6.0)
     return conv_bn_act.plan_conv_bn_act(*arguments, *_geometry(problem))[1]
 
 
@@ -281,6 +280,8 @@ def compile_launch(launch: Launch, capability: int) -> Any:
         elif isinstance(value, Tensor):
             signature[name] = _POINTERS[value.dtype]
             attributes[(position,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, Blocks):
+            signature[name] = f"tensordesc<{_POINTERS[value.tensor.dtype][1:]}[{', '.join(map(str, value.block))}]>"
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
@@ -317,12 +318,12 @@ def rows(capabilities: Sequence[int] = CAPABILITIES) -> Iterator[dict[str, Any]]
     """
     for case in cases():
         exact = case.dtype is torch.float32 and not case.tf32
-        with _tf32(case.tf32):
-            launches = case.plan()
-        for launch in launches:
-            for capability in capabilities:
-                if exact and capability == 100:
-                    continue
+        for capability in capabilities:
+            if exact and capability == 100:
+                continue
+            with _tf32(case.tf32), compiling_for(capability):
+                launches = case.plan()
+            for launch in launches:
                 compiled = compile_launch(launch, capability)
                 ptx = compiled.asm["ptx"]
                 yield {

@@ -8,8 +8,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import types
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -76,14 +76,55 @@ class Launch:
     num_stages: int = 3
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """A dense row-major matrix that a kernel loads block by block through a tensor descriptor: one thread starts the copy of a
+    whole block, and nobody computes addresses."""
+
+    tensor: Tensor
+    shape: tuple[int, int]
+    block: tuple[int, int]
+
+    def descriptor(self) -> Any:
+        """As Triton takes it."""
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return TensorDescriptor(self.tensor, list(self.shape), [self.shape[1], 1], list(self.block))
+
+
 def run(launches: Sequence[Launch], device: torch.device) -> None:
     """Runs the launches in order on the current stream of ``device``."""
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for launch in launches:
             if min(launch.grid) > 0:
+                given = launch.arguments.items()
+                arguments = {name: value.descriptor() if isinstance(value, Blocks) else value for name, value in given}
                 launch.kernel.jitted[launch.grid](
-                    **launch.arguments, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages
+                    **arguments, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages
                 )
+
+
+_target = 80  # what plans for tensors without memory are for
+
+
+@contextmanager
+def compiling_for(capability: int) -> Iterator[None]:
+    """Plans made inside for tensors on the "meta" device are for ``capability`` (90 for sm_90)."""
+    global _target
+    before, _target = _target, capability
+    try:
+        yield
+    finally:
+        _target = before
+
+
+def copies_blocks(device: torch.device) -> bool:
+    """Whether the device copies blocks through tensor descriptors: compute capability 9.0 or newer."""
+    if interpreting():
+        return True
+    if device.type == "meta":
+        return _target >= 90
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def interpreting() -> bool:

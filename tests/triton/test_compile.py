@@ -82,9 +82,17 @@ def test_dense_kernels_multiply_with_matrix_instructions(table: dict[str, Any]) 
 def test_channels_last_tiles_are_copied_asynchronously(table: dict[str, Any]) -> None:
     # Of ASPP's branches as well: the alignment of weights found in a table is known to the compiler.
     rows = [row for row in _dense(table) if row["case"].startswith("ASPP") and row["channels_last"]]
-    assert len(rows) >= 3 * (2 * 3 + 5)
+    assert len(rows) >= 3 * (2 * 3 + 4)
     for row in rows:
         assert row["async_copies"] > 0, row
+
+
+def test_weights_are_copied_in_blocks_from_sm_90_on(table: dict[str, Any]) -> None:
+    whole = [row for row in _dense(table) if row["case"].startswith(("ASPP rate 12", "strided")) and row["op"] != "conv2d_weight"]
+    for row in whole:
+        wanted = row["channels_last"] and row["dtype"] != "float32" and row["target"] != "sm_80"
+        assert (row["block_copies"] > 0) == wanted, row
+    assert sum(row["block_copies"] > 0 for row in whole) >= 2 * (2 * 3 + 2)
 
 
 def test_committed_table_is_current(table: dict[str, Any]) -> None:

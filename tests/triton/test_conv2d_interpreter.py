@@ -15,13 +15,15 @@ from torch import Tensor
 
 from atrous_kernels.problem import ConvProblem
 from atrous_kernels.reference import conv2d as reference
-from atrous_kernels.triton import runtime
+from atrous_kernels.triton import conv2d, runtime
 from atrous_kernels.triton.conv2d import can_run
 
 DENSE = ConvProblem(2, 5, 7, (9, 8), (3, 3), padding=(2, 2), dilation=(2, 2))
 PROBLEMS = {
     "dense": DENSE,
     "vectors": ConvProblem(2, 16, 16, (6, 5), (3, 3), padding=(1, 1)),  # channels fill their blocks
+    "vectors in blocks": ConvProblem(1, 128, 256, (3, 4), (3, 2), stride=(2, 1), padding=(1, 1)),
+    "vectors in groups": ConvProblem(2, 32, 64, (4, 3), (2, 3), padding=(2, 2), dilation=(3, 2), groups=2),
     "blocks": ConvProblem(1, 70, 66, (5, 7), (3, 2), padding=(1, 1), dilation=(1, 3)),  # several blocks of channels
     "pixels": ConvProblem(3, 3, 4, (13, 11), (3, 3), padding=(4, 4), dilation=(4, 4)),  # several tiles per rectangle
     "strides 2 and 3": ConvProblem(2, 4, 6, (11, 10), (3, 3), stride=(2, 3), padding=(2, 1), dilation=(1, 2)),
@@ -39,9 +41,11 @@ PROBLEMS = {
     "split sum": ConvProblem(2, 3, 4, (16, 17), (2, 2)),
     "depthwise, split sum": ConvProblem(2, 3, 3, (33, 33), (2, 2), groups=3),
 }  # fmt: skip
-# float32 runs everything in both layouts; the other dtypes differ in loads, stores and rounding only.
-EXACT = [(name, torch.float32, last) for name in PROBLEMS for last in (False, True)]
-EXACT.remove(("depthwise, many channels", torch.float32, False))  # only channels-last has blocks of channels
+# float32 runs everything, some of it in both layouts; the other dtypes differ in loads, stores and rounding only.
+CONTIGUOUS = ("dense", "blocks", "strides 2 and 3", "groups", "depthwise", "depthwise, multiplier 3", "split sum")
+EXACT = [(name, torch.float32, last) for name in PROBLEMS for last in (False, True) if last or name in CONTIGUOUS]
+# Weights come through tensor descriptors.
+EXACT += [(f"vectors in {what}", dtype, True) for what in ("blocks", "groups") for dtype in (torch.bfloat16, torch.float16)]
 EXACT += [(name, dtype, last) for name in ("vectors", "groups", "strides 2 and 3", "depthwise") for dtype, last in (
     (torch.bfloat16, True), (torch.float16, False))]  # fmt: skip
 
@@ -232,3 +236,19 @@ def test_importing_does_not_import_triton() -> None:
     program = "import sys, atrous_kernels.triton.conv2d; print('triton' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
+
+
+def test_weights_come_through_descriptors_where_they_are_whole_blocks() -> None:
+    def weight_blocks(capability: int, dtype: torch.dtype, channels: int, last: bool) -> list[runtime.Blocks | None]:
+        problem = replace(PROBLEMS["vectors in blocks"], in_channels=channels, dtype=dtype, channels_last=last)
+        calls = _calls(problem, *(t.to("meta") for t in _tensors(problem)))
+        with runtime.compiling_for(capability):
+            plans = [getattr(conv2d, f"plan_{name}")(*calls[name])[1][0] for name in ("conv2d", "conv2d_input")]
+        return [plan.arguments["weight_blocks"] for plan in plans]
+
+    forward, gradient = weight_blocks(90, torch.bfloat16, 128, True)
+    assert (forward.shape, forward.block) == ((256, 6 * 128), (128, 64))
+    assert (gradient.shape, gradient.block) == ((256, 6 * 128), (64, 128))
+    for other in ((80, torch.bfloat16, 128, True), (90, torch.float32, 128, True), (90, torch.bfloat16, 128, False)):
+        assert weight_blocks(*other) == [None, None]
+    assert weight_blocks(90, torch.bfloat16, 120, True) == [None, None]  # ragged channels
