@@ -6,6 +6,7 @@ import json
 import signal
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 from test_training import _threads, assert_equal_bits  # noqa: F401 (a fixture)
@@ -15,6 +16,7 @@ from segmodels import train
 from segmodels.engine.checkpoints import CheckpointError, load_checkpoint
 from segmodels.engine.cli import run_command
 from segmodels.engine.trainer import Trainer
+from segmodels.weak import pictures
 from segmodels.weak.__main__ import main as derive
 
 
@@ -87,6 +89,10 @@ def test_methods_without_an_e_step_and_strong_images_alone(camvid, tmp_path) -> 
     )):  # fmt: skip
         assert train.main(arguments(camvid, tmp_path / str(number), *settings, "train.warmup_iterations=0")) == 0
     assert load_checkpoint(tmp_path / "2" / "last.pt")["sampler"]["length"] == 2
+    for given, name in (([], "weak_bbox_seg.png"), (["weak.method=em_adapt", "--count", "2"], "weak_em_adapt.png")):
+        assert pictures.main(["--checkpoint", str(tmp_path / "0" / "last.pt"), *given]) == 0
+        assert cv2.imread(str(tmp_path / "0" / name)) is not None
+    assert run_command(pictures.main, ["--checkpoint", str(tmp_path / "2" / "last.pt")]) == 1
 
 
 def test_mistakes_give_one_line(camvid, tmp_path, capsys) -> None:
