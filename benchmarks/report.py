@@ -286,7 +286,7 @@ def weak_section() -> str:
     settings = run["config"]["train"]
     return f"""## Weak and semi-supervised training
 
-Recipes `{RECIPE}_*`: {run["iteration"]} iterations of {settings["batch_size"]} whatever the rung, images at about half their size.
+Recipes `{RECIPE}_*`: {run["iteration"]} iterations of {settings["batch_size"]} whatever the rung, images at about half size.
 mIoU on the {run["images"]} images of `{run["split"]}`; comparable with nothing but the other rows.
 
 {table(["what the network is told", "mIoU", "mean"], cells)}
