@@ -11,9 +11,11 @@ import torch
 from segmodels.refine import DenseCRF, unary_from_probabilities
 from segmodels.weak.annotations import Annotation, Box
 
-# Bbox-Seg as its authors released it: the part of a box that counts as its object, and how sure each part is of it.
+# Bbox-Seg: the part of a box that counts as its object, how sure each part is of it, and what is added per larger box around it.
+# The paper calls the middle object and the outside background, and searched the rest on images with label maps. So did we, on 25
+# of the VOC subset: with 0.5 for the rest of a box, the sure background around it takes most of the object.
 CORE_SHARE = 0.25
-CORE, REST, NESTED = 0.75, 0.5, 0.1
+CORE, REST, NESTED = 1.0, 0.7, 0.1
 SMALLEST_AREA, SMALLEST_SIDE = 121, 10  # of a box that has a core; a smaller one is core throughout
 
 
@@ -64,9 +66,9 @@ def _evidence(annotation: Annotation, background: int) -> tuple[np.ndarray, np.n
         sure = np.full(annotation.size, 0.0, np.float32)
         sure[inside] = REST
         # An object in front of larger ones needs more trust to be seen.
-        sure[_inside(_core(box))] = min(1.0, CORE + NESTED * sum(_overlap(box, other) for other in larger))
+        sure[_inside(_core(box))] = CORE + NESTED * sum(_overlap(box, other) for other in larger)
         total[row] += sure
-        total[0][inside] += 1 - sure[inside]
+        total[0][inside] += np.maximum(1 - sure[inside], 0)
         allowed[row][inside] = True
         larger.append(box)
     total[0][total.sum(0) == 0] = 1  # outside all boxes
