@@ -303,6 +303,30 @@ of {machine["cpu"]} beside other work, so the speeds are only indications.
 """
 
 
+def weak_section() -> str:
+    from benchmarks.weak_ladder import RECIPE, RUNGS
+
+    runs = {
+        rung: [json.loads(path.read_text()) for path in sorted((RESULTS / "weak").glob(f"{rung}_seed*.json"))] for rung in RUNGS
+    }
+    cells = [
+        [RUNGS[rung][2], ", ".join(f"{run['miou']:.4f} (seed {run['seed']})" for run in found),
+         f"**{sum(run['miou'] for run in found) / len(found):.4f}**"]
+        for rung, found in runs.items() if found
+    ]  # fmt: skip
+    if not cells:
+        return ""
+    run = next(found[0] for found in runs.values() if found)
+    settings = run["config"]["train"]
+    return f"""## Weak and semi-supervised training
+
+Recipes `{RECIPE}_*`: {run["iteration"]} iterations of {settings["batch_size"]} whatever the rung, images at about half size.
+mIoU on the {run["images"]} images of `{run["split"]}`; comparable with nothing but the other rows.
+
+{table(["what the network is told", "mIoU", "mean"], cells)}
+"""
+
+
 def kernels_section() -> str:
     lines = []
     triton = load("triton_resources.json")
@@ -379,7 +403,8 @@ def page() -> str:
     if models:
         sections.append(models_section(models))
     sections += [op_section(op, title) for op, title in OPS.items()]
-    sections += [errors_section(), fuzz_section(), training_section(), published_section(), kernels_section(), plan_section()]
+    sections += [errors_section(), fuzz_section(), training_section(), published_section(), weak_section()]
+    sections += [kernels_section(), plan_section()]
     return "\n".join(section for section in sections if section)
 
 

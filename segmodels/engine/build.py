@@ -29,6 +29,9 @@ from segmodels.engine.inference import Predictor, Refinement
 from segmodels.readers import read_published
 from segmodels.refine import DenseCRF, unary_from_probabilities
 from segmodels.registry import create_model
+from segmodels.weak.annotations import WeakLabels
+from segmodels.weak.dataset import Subset, WeakDataset, draw_strong
+from segmodels.weak.sampler import MixedSampler
 
 
 def prepare_runtime(config: Config) -> torch.device:
@@ -65,6 +68,30 @@ def keep_freed_memory() -> None:
 def build_dataset(config: Config, split: str) -> SegmentationDataset:
     """One split of the data set; errors as :func:`segmodels.data.create_dataset`."""
     return create_dataset(config.data.name, config.data.root, split, **config.data.options)
+
+
+def build_train_set(config: Config) -> SegmentationDataset:
+    """The training split with the images that ``config.weak`` leaves, strong or weak; errors as those of its parts."""
+    dataset, settings = build_dataset(config, config.data.train_split), config.weak
+    if settings.method == "none" and not settings.strong:
+        return dataset
+    strong = draw_strong(len(dataset), settings.strong, settings.strong_seed)
+    if settings.method == "none":
+        return Subset(dataset, np.flatnonzero(strong).tolist())
+    assert settings.labels is not None  # the configuration has checked it
+    return WeakDataset(dataset, WeakLabels.load(settings.labels), ~strong, settings.method, settings.labels)
+
+
+def build_sampler(config: Config, train_set: SegmentationDataset) -> MixedSampler | None:
+    """The order of training where batches are to hold strong and weak images; None where there is only one kind."""
+    if not isinstance(train_set, WeakDataset) or train_set.weak.all() or not train_set.weak.any():
+        return None
+    size = config.train.batch_size
+    share = config.weak.strong_per_batch or size // 2
+    if not 1 <= share < size:
+        raise ValueError(f"weak.strong_per_batch={share} in batches of train.batch_size={size}: expected 1 to {size - 1}")
+    strong, weak = np.flatnonzero(~train_set.weak), np.flatnonzero(train_set.weak)
+    return MixedSampler(strong, weak, share, size, config.run.seed)
 
 
 def build_transforms(config: Config) -> Transform:
