@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from segmodels.config import Config, ConfigError, load_config
-from segmodels.engine.build import build_model, build_train_set, prepare_runtime, write_out_published_options
+from segmodels.engine.build import build_dataset, build_model, build_train_set, prepare_runtime, write_out_published_options
 from segmodels.engine.checkpoints import load_checkpoint
 from segmodels.engine.cli import build_parser, flag_overrides, run_command, split_overrides
 from segmodels.engine.progress import say

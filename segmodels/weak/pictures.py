@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     overrides, rest = split_overrides(flags.overrides)
     if rest:
         raise ConfigError(f"argument {rest[0]!r}: expected section.key=value, for example weak.method=bbox_seg")
-    model, config, _, _ = load_trained(flags.checkpoint, overrides + flag_overrides(flags))
+    model, config, _, _ = load_trained(flags.checkpoint, None, overrides + flag_overrides(flags))
     device = prepare_runtime(config)
     dataset = build_train_set(config)
     if not isinstance(dataset, WeakDataset) or not dataset.weak.any():
