@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
-from math import gcd
+from math import gcd, prod
 
 import torch
 
@@ -280,3 +280,22 @@ class UpsampleProblem:
             f"{self.batch}x{self.classes} {self.in_size[0]}x{self.in_size[1]} to {self.out_size[0]}x{self.out_size[1]} "
             f"{str(self.dtype).removeprefix('torch.')} on {self.device_type}"
         )
+
+
+@dataclass(frozen=True)
+class TransformProblem:
+    """A domain transform of ``[N, C, H, W]``."""
+
+    size: tuple[int, int, int, int]
+    iterations: int
+    dtype: torch.dtype = torch.float32
+    device_type: str = "cpu"
+
+    def cost(self) -> str:
+        values = prod(self.size)
+        moved = 4 * self.iterations * values * self.dtype.itemsize  # two passes an iteration, each reads and writes all
+        return f"{12 * self.iterations * values / 1e6:.1f} MFLOP, {moved / 1e6:.1f} MB of memory traffic"
+
+    def __str__(self) -> str:
+        sizes = "x".join(map(str, self.size))
+        return f"{sizes}, {self.iterations} iterations, {str(self.dtype).removeprefix('torch.')} on {self.device_type}"
