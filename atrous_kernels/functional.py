@@ -512,7 +512,7 @@ def domain_transform(
         sigma_s: width of the filter in pixels where there is no edge.
         sigma_r: its width in sums of densities.
         iterations: K; fewer leave streaks.
-        backend: ``"auto"``, ``"cpu"`` or ``"reference"``.
+        backend: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"reference"``.
 
     Returns:
         ``[N, C, H, W]``, dtype of the input; channels-last where the input is.
@@ -521,7 +521,7 @@ def domain_transform(
         TypeError, ValueError: an argument outside these, or an unknown ``backend``.
         RuntimeError: a ``backend`` asked for by name cannot run this problem; the message says why.
 
-    Differentiable in both; the second derivative is plain PyTorch, slow and hungry for memory. Sources: Gastal and Oliveira, "Domain
+    Differentiable in both; the second derivative is plain PyTorch, slow and hungry for memory. Sources: Gastal, Oliveira, "Domain
     Transform for Edge-Aware Image and Video Processing", 2011; Chen et al., "Semantic Image Segmentation with Task-Specific Edge
     Detection Using CNNs and a Discriminatively Trained Domain Transform", 2016, section 3.
     """

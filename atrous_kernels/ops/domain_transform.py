@@ -13,10 +13,11 @@ from torch import Tensor
 
 from atrous_kernels import dispatch, native
 from atrous_kernels.dispatch import Implementation
-from atrous_kernels.ops.conv2d import is_channels_last
+from atrous_kernels.ops.conv2d import gpu_unmeasured, is_channels_last
 from atrous_kernels.problem import TransformProblem
 from atrous_kernels.reference import domain_transform as reference
 from atrous_kernels.reference.upsample_cross_entropy import accumulator
+from atrous_kernels.triton import domain_transform as triton
 
 _library = torch.library.Library("atrous", "FRAGMENT")
 _NUMBERS = "float sigma_s, float sigma_r, int iterations, str backend"
@@ -142,14 +143,15 @@ def _last_resort(problem: TransformProblem) -> str:
     return "plain PyTorch, position by position: for checking, not for speed"
 
 
-for _name, _compiled, _reference in (
-    ("domain_transform", _native, _plain),
-    ("domain_transform_backward", _native_backward, _plain_backward),
+for _name, _compiled, _triton, _reference in (
+    ("domain_transform", _native, triton.domain_transform, _plain),
+    ("domain_transform_backward", _native_backward, triton.domain_transform_backward, _plain_backward),
 ):
     dispatch.register(
         _name,
         [
             Implementation("cpu", _compiled, _cpu_can_run, _always),
+            Implementation("triton", _triton, triton.can_run, gpu_unmeasured),
             Implementation("reference", _reference, _always, _last_resort),
         ],
     )

@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
+from atrous_kernels.problem import transform_passes
 from atrous_kernels.reference.upsample_cross_entropy import accumulator
-
-LARGEST = 1e30  # of a rate or slope: its weight is 0, and it is a number in float32
-
-
-def passes(sigma_s: float, sigma_r: float, iterations: int) -> Iterator[tuple[int, float, float]]:
-    """Per pass its axis (0 along rows, 1 along columns), and the rate and slope of its weights ``exp(-rate - slope * edge)``.
-
-    Each iteration is half as wide as the one before; together they are ``sigma_s`` wide.
-    """
-    for k in range(iterations):
-        rate = math.sqrt(2 / 3 * (1 - 4.0**-iterations)) * 2.0 ** (k + 1) / sigma_s
-        for axis in (0, 1):
-            yield axis, min(rate, LARGEST), min(rate * sigma_s / sigma_r, LARGEST)
 
 
 def domain_transform(input: Tensor, edge: Tensor, sigma_s: float, sigma_r: float, iterations: int) -> Tensor:
     """[N, C, H, W] filtered along rows and columns by turns; edge [N, 2, H, W] as in the public function."""
     dtype = accumulator(input.dtype)
     x, edge = input.to(dtype), edge.to(dtype)
-    for axis, rate, slope in passes(sigma_s, sigma_r, iterations):
+    for axis, rate, slope in transform_passes(sigma_s, sigma_r, iterations):
         x = _pass(x, torch.exp(-rate - slope * edge[:, axis : axis + 1]), 3 - axis)
     return x.to(input.dtype)
 
@@ -40,7 +25,7 @@ def domain_transform_backward(
     dtype = accumulator(input.dtype)
     x, g, edge_ = input.to(dtype), grad.to(dtype), edge.to(dtype)
     done = []
-    for axis, rate, slope in passes(sigma_s, sigma_r, iterations):
+    for axis, rate, slope in transform_passes(sigma_s, sigma_r, iterations):
         weight = torch.exp(-rate - slope * edge_[:, axis : axis + 1])
         done.append((x, weight, axis, slope))
         x = _pass(x, weight, 3 - axis)

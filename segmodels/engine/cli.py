@@ -42,7 +42,7 @@ def add_inference_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="FILE", required=True, help="best.pt or last.pt of segmodels.train")
     parser.add_argument("--scales", type=float, nargs="+", metavar="S", help="eval.scales")
     parser.add_argument("--flip", action="store_true", help="eval.flip=true")
-    parser.add_argument("--refine", metavar="NAME", help="eval.refine: none, crf")
+    parser.add_argument("--refine", metavar="NAME", help="eval.refine: none, crf, crf_rnn, dt")
 
 
 def flag_overrides(flags: argparse.Namespace) -> list[str]:
