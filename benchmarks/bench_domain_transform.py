@@ -43,11 +43,8 @@ def _scene() -> tuple[Tensor, Tensor]:
     return F.interpolate(scores, (HEIGHT, WIDTH), mode="bilinear"), image
 
 
-def _step(here: Tensor, before: Tensor, weight: Tensor) -> None:
-    here += weight * (before - here)
-
-
-def _plain(scores: Tensor, edge: Tensor, step: Callable[[Tensor, Tensor, Tensor], None]) -> Tensor:
+def _plain(scores: Tensor, edge: Tensor, step: Callable[[Tensor, Tensor, Tensor], Any]) -> Tensor:
+    """``step(here, before, weight)`` puts ``here + weight (before - here)`` into ``here``."""
     out = scores.clone()
     for axis, rate, slope in transform_passes(*SIGMAS, 3):
         weights = torch.exp(-rate - slope * edge[:, axis : axis + 1]).unbind(3 - axis)
@@ -83,10 +80,10 @@ def _layouts(scores: Tensor, call: Callable[[Tensor], Any]) -> Calls:
 def _forward() -> tuple[Calls, Tensor]:
     scores, image = _scene()
     edge = image_edges(image)
-    compiled = torch.compile(_step, dynamic=False)
+    lerp = torch.compile(torch.lerp, dynamic=False)
     calls = _layouts(scores, lambda x: ak.domain_transform(x, image_edges(image), *SIGMAS))
-    calls["torch"] = lambda: _plain(scores, image_edges(image), _step)
-    calls["torch.compile"] = lambda: _plain(scores, image_edges(image), compiled)
+    calls["torch"] = lambda: _plain(scores, image_edges(image), Tensor.lerp_)
+    calls["torch.compile"] = lambda: _plain(scores, image_edges(image), lambda here, *rest: here.copy_(lerp(here, *rest)))
     opencv = _opencv(scores, image)
     if opencv is not None:
         calls["OpenCV"] = opencv

@@ -40,13 +40,13 @@ def test_logits_are_filtered_scores(size: tuple[int, int]) -> None:
 
 
 def test_the_edges_are_trained_by_the_loss_on_the_classes() -> None:
-    model = _tiny(sigma_s=20, aux_loss=True)
+    model = _tiny(sigma_s=20, aux_loss=True, dropout=0.0)
     labels = torch.zeros(2, 48, 48, dtype=torch.int64)
     labels[:, 11:37, 13:41] = 1
     x = labels[:, None] * 2.0 + 0.1 * torch.randn(2, 3, 48, 48)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     before, losses = model.edge_net.predict.weight.detach().clone(), []
-    for _ in range(12):
+    for _ in range(25):
         optimizer.zero_grad()
         out = model.logits(x)
         assert list(out) == ["out", "aux"]
