@@ -110,6 +110,7 @@ OPS = {
     "upsample_cross_entropy": "Upsampling and cross-entropy",
     "upsample_argmax": "Upsampling and argmax",
     "dense_crf": "Dense CRF",
+    "domain_transform": "Domain transform",
 }
 
 

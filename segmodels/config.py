@@ -139,10 +139,12 @@ class EvalConfig:
 
     scales: list[float] = _setting([1.0], "image scales whose probabilities are averaged", above=0, high=8)
     flip: bool = _setting(False, "average with the mirrored image")
-    refine: str = _setting("none", "refinement of the classes by the image (--refine)", choices=("none", "crf"))
+    refine: str = _setting("none", "refinement of the classes by the image (--refine)", choices=("none", "crf", "crf_rnn", "dt"))
     crf: list[float] = _setting(
         [4.0, 67.0, 3.0, 3.0, 1.0], "w1, sigma_alpha, sigma_beta, w2, sigma_gamma of refine=crf", above=0, length=5
     )
+    crf_rnn: str | None = _setting(None, "weights of the CRF-RNN layer of refine=crf_rnn; by default it starts as a dense CRF")
+    dt: list[float] = _setting([50.0, 100.0], "sigma_s, sigma_r of refine=dt, along image gradients", above=0, length=2)
     output_stride: int | None = _setting(None, "evaluate at another output stride than trained", low=4, high=256)
     canvas: list[int] | None = _setting(
         None, "height and width onto which every image is placed, top left; larger ones are reduced to it", low=1, length=2

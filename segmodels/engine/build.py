@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from segmodels.backbones.weights import read_state_dict
 from segmodels.config import Config, ConfigError, load_config
 from segmodels.data import SegmentationDataset, class_names, create_dataset
 from segmodels.data.transforms import (
@@ -27,7 +28,7 @@ from segmodels.data.transforms import (
 from segmodels.engine.checkpoints import CheckpointError, is_checkpoint, load_checkpoint
 from segmodels.engine.inference import Predictor, Refinement
 from segmodels.readers import read_published
-from segmodels.refine import DenseCRF, unary_from_probabilities
+from segmodels.refine import CRFRNN, DenseCRF, DomainTransform, unary_from_probabilities
 from segmodels.registry import create_model
 from segmodels.weak.annotations import WeakLabels
 from segmodels.weak.dataset import Subset, WeakDataset, draw_strong
@@ -175,6 +176,11 @@ def build_predictor(config: Config, model: nn.Module, device: torch.device) -> P
 def _refinement(config: Config) -> Refinement | None:
     if config.eval.refine == "none":
         return None
+    if config.eval.refine == "dt":
+        sigma_s, sigma_r = config.eval.dt
+        return DomainTransform(sigma_s, sigma_r)
+    if config.eval.refine == "crf_rnn":
+        return _crf_rnn(config.eval.crf_rnn)
     w1, sigma_alpha, sigma_beta, w2, sigma_gamma = config.eval.crf
     crf = DenseCRF(w1, sigma_alpha, sigma_beta, w2, sigma_gamma)
     return lambda probabilities, images: crf(unary_from_probabilities(probabilities), images)
@@ -187,6 +193,19 @@ class Origin(NamedTuple):
     classes: list[str]
     colors: list[list[int]]
     iteration: int | None
+
+
+def _crf_rnn(weights: str | None) -> Refinement:
+    state = read_state_dict(weights) if weights is not None else None
+
+    @torch.inference_mode()
+    def refine(probabilities: Tensor, images: Tensor) -> Tensor:
+        layer = CRFRNN(probabilities.shape[1]).to(probabilities.device).eval()
+        if state is not None:
+            layer.load_state_dict(state)
+        return layer(-unary_from_probabilities(probabilities), images)
+
+    return refine
 
 
 def load_trained(
