@@ -126,7 +126,8 @@ def op_section(op: str, title: str) -> str:
     if result is None:
         return ""
     cells, ratios = [], []
-    for row in (benchmark["extra_info"] for benchmark in result["benchmarks"]):
+    rows: Rows = [benchmark["extra_info"] for benchmark in result["benchmarks"]]
+    for row in (row for row in rows if "candidates" in row):
         (peer, theirs), (own, mine) = fastest(row, False), fastest(row, True)
         ratios.append(theirs / mine)
         candidates = row["candidates"]
@@ -147,14 +148,20 @@ def op_section(op: str, title: str) -> str:
         )
     header = ["case", "fastest other, ms", "ours, ms", "ratio", "of the floor", "error", "extra peak memory, ours of theirs"]
     keep = [i for i in range(len(header)) if i < 4 or any(line[i] for line in cells)]
-    rows = table([header[i] for i in keep], [[line[i] for i in keep] for line in cells])
+    body = table([header[i] for i in keep], [[line[i] for i in keep] for line in cells])
+    memory = [
+        f"{row['case']}: {row['peak_gib']:.2f} GiB resident at most ({row['before_gib']:.2f} before), "
+        f"{row['refine_seconds']:.0f} s."
+        for row in rows
+        if "peak_gib" in row
+    ]
     return f"""## {title} on the CPU
 
 {machine_line(result)}
 
-{rows}
+{body}
 
-Geometric mean of the ratio: **{geomean(ratios):.2f}** over {len(cells)} cases.
+{" ".join([f"Geometric mean of the ratio: **{geomean(ratios):.2f}** over {len(cells)} cases.", *memory])}
 """
 
 
