@@ -127,7 +127,8 @@ def op_section(op: str, title: str) -> str:
     if result is None:
         return ""
     cells, ratios = [], []
-    for row in (benchmark["extra_info"] for benchmark in result["benchmarks"]):
+    rows: Rows = [benchmark["extra_info"] for benchmark in result["benchmarks"]]
+    for row in (row for row in rows if "candidates" in row):
         (peer, theirs), (own, mine) = fastest(row, False), fastest(row, True)
         ratios.append(theirs / mine)
         candidates = row["candidates"]
@@ -148,7 +149,13 @@ def op_section(op: str, title: str) -> str:
         )
     header = ["case", "fastest other, ms", "ours, ms", "ratio", "of the floor", "error", "extra peak memory, ours of theirs"]
     keep = [i for i in range(len(header)) if i < 4 or any(line[i] for line in cells)]
-    rows = table([header[i] for i in keep], [[line[i] for i in keep] for line in cells])
+    body = table([header[i] for i in keep], [[line[i] for i in keep] for line in cells])
+    memory = [
+        f"{row['case']}: {row['peak_gib']:.2f} GiB resident at most ({row['before_gib']:.2f} before), "
+        f"{row['refine_seconds']:.0f} s."
+        for row in rows
+        if "peak_gib" in row
+    ]
     missing = [
         f"{benchmark['extra_info']['case']}: {name.replace('_', '-')} failed ({reason})"
         for benchmark in result["benchmarks"]
@@ -159,9 +166,9 @@ def op_section(op: str, title: str) -> str:
 
 {machine_line(result)}
 
-{rows}
+{body}
 
-Geometric mean of the ratio: **{geomean(ratios):.2f}** over {len(cells)} cases.{without}
+{" ".join([f"Geometric mean of the ratio: **{geomean(ratios):.2f}** over {len(cells)} cases.{without}", *memory])}
 """
 
 

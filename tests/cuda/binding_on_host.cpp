@@ -41,6 +41,11 @@ STABLE_TORCH_LIBRARY(ATROUS_NAMESPACE, m) {
   m.def("pyramid_pool(Tensor input, int[] bins, bool maximum) -> (Tensor, Tensor)");
   m.def("pyramid_pool_input(Tensor grad, Tensor index, int[] input_size, int[] bins, bool maximum, bool channels_last)"
         " -> Tensor");
+  m.def("permutohedral_lattice(Tensor features) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  const std::string lattice = "Tensor vertices, Tensor weights, Tensor neighbours, Tensor begin, Tensor points, "
+                              "Tensor point_weights, bool reverse) -> Tensor";
+  m.def(("permutohedral_filter(Tensor values, " + lattice).c_str());
+  m.def(("permutohedral_filter_weights(Tensor grad, Tensor values, " + lattice).c_str());
   m.def("upsample_argmax(Tensor logits, int[] size, bool align_corners) -> Tensor");
   m.def("upsample_cross_entropy(Tensor logits, Tensor target, Tensor weight, Tensor? scale, int ignore_index, "
         "float label_smoothing, bool align_corners, bool per_pixel, bool with_gradient) -> (Tensor, Tensor, Tensor)");

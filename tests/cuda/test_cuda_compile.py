@@ -27,6 +27,9 @@ KERNELS = {
     "sum_partials.cu": 4,
     "upsample_argmax.cu": 2,  # float and double: logits of other types are converted before
     "upsample_cross_entropy.cu": 2 * 2 + 1,  # tiles, their gradients gathered; the sum of their losses
+    # Points placed in 2 dtypes and 1 to 6 dimensions; in each dimension corners inserted, vertices connected; the rest.
+    "permutohedral_lattice.cu": 2 * 6 + 2 * 6 + 9 + 2,
+    "permutohedral_filter.cu": 2 * 4,
     "pyramid_pool.cu": 4 * 2 * (2 + 1) + 4 * (2 + 1),  # cells of averages and maxima, their spread; bins, sent maxima
 }
 

@@ -503,3 +503,18 @@ Value __shfl_up_sync(unsigned mask, Value value, unsigned delta, int width = 32,
   const int source = lane - static_cast<int>(delta);
   return ::atrous::emulation::shuffle(mask, value, source < (lane & ~(width - 1)) ? lane : source, {file, line});
 }
+
+// Threads are fibres of one thread: nothing comes between a reading and its writing.
+template <typename Value>
+Value atomicCAS(Value* at, Value expected, Value desired) {
+  const Value before = *at;
+  if (before == expected) *at = desired;
+  return before;
+}
+
+template <typename Value>
+Value atomicMin(Value* at, Value value) {
+  const Value before = *at;
+  if (value < before) *at = value;
+  return before;
+}
