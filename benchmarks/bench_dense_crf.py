@@ -4,8 +4,8 @@
     pytest benchmarks/bench_dense_crf.py --benchmark-enable --benchmark-json=benchmarks/results/dense_crf_cpu.json
 
 Every candidate of a case runs once per round, in a random order, in one process with the same threads; pydensecrf uses one of
-them. Error is the largest difference of a marginal from pydensecrf's, for ours; "labels" the share of equal classes. The last case
-is the largest resident memory of a process of its own that refines one image of 4000x3000 pixels.
+them. Error is the largest difference of a marginal from pydensecrf's, for ours; "labels" the share of equal classes. The last
+case is the largest resident memory of a process of its own that refines one image of 4000x3000 pixels.
 """
 
 from __future__ import annotations

@@ -67,7 +67,8 @@ def _native(*args: Any) -> Tensor:
 
 
 def _by_filters(*args: Any) -> Tensor:
-    return reference.mean_field(*args, permutohedral_filter=torch.ops.atrous_native.permutohedral_filter)
+    run: Any = reference.mean_field
+    return run(*args, permutohedral_filter=torch.ops.atrous_native.permutohedral_filter)
 
 
 dispatch.register(
