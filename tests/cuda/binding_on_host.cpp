@@ -30,9 +30,11 @@ AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
 
 STABLE_TORCH_LIBRARY(ATROUS_NAMESPACE, m) {
   const char* const geometry = "int[] stride, int[] padding, int[] dilation, int groups) -> Tensor";
-  m.def((std::string("conv2d(Tensor input, Tensor weight, Tensor? bias, ") + geometry).c_str());
-  m.def((std::string("conv2d_input(int[] input_size, Tensor weight, Tensor grad_output, ") + geometry).c_str());
-  m.def((std::string("conv2d_weight(Tensor input, int[] weight_size, Tensor grad_output, ") + geometry).c_str());
+  for (const std::string kind : {"", "_tensor_core"}) {
+    m.def(("conv2d" + kind + "(Tensor input, Tensor weight, Tensor? bias, " + geometry).c_str());
+    m.def(("conv2d_input" + kind + "(int[] input_size, Tensor weight, Tensor grad_output, " + geometry).c_str());
+    m.def(("conv2d_weight" + kind + "(Tensor input, int[] weight_size, Tensor grad_output, " + geometry).c_str());
+  }
   m.def("pyramid_pool(Tensor input, int[] bins, bool maximum) -> (Tensor, Tensor)");
   m.def("pyramid_pool_input(Tensor grad, Tensor index, int[] input_size, int[] bins, bool maximum, bool channels_last)"
         " -> Tensor");

@@ -27,13 +27,15 @@ BINDINGS = sorted((ROOT / "csrc" / "cuda").glob("*_ops.cpp"))
 TORCH = Path(torch.__file__).parent
 STABLE_ABI = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(TORCH / "include")]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-# Few blocks per launch: each then takes several pieces of work, as on a GPU only beyond 2^31 pieces.
+# Few blocks per launch: each then takes several pieces of work, as on a GPU only beyond 2^31 pieces. And few tiles are enough
+# for the large ones.
 FLAGS = [
     "-std=c++17",
     "-O2",
     "-fPIC",
     *WARNINGS,
     "-DATROUS_MAX_BLOCKS=5",
+    "-DATROUS_ENOUGH_TILES=2",
     f"-I{ROOT / 'csrc'}",
     f"-I{ROOT / 'csrc/include'}",
 ]
