@@ -69,7 +69,9 @@ def test_explain_of_a_call() -> None:
     x, w = torch.randn(1, 4, 8, 8), torch.randn(6, 4, 3, 3)
     for op in ("conv2d", "conv2d_input", "conv2d_weight"):
         explanation = ak.explain(op, x, w, padding="same", dilation=2)
-        assert {c.name for c in explanation.choices} == {"winograd", "cpu", "triton", "cuda", "torch", "reference"}
+        assert {c.name for c in explanation.choices} == {
+            "winograd", "cpu", "triton", "tensor_core", "cuda", "torch", "reference"
+        }  # fmt: skip
         assert explanation.problem.out_size == (8, 8)
     assert ak.explain("conv2d", x, w, backend="reference").chosen == "reference"
     with pytest.raises(ValueError, match="unknown op 'conv3d': expected one of conv2d, conv2d_input, conv2d_weight"):

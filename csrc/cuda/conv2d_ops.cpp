@@ -110,6 +110,22 @@ Tensor conv2d_input_tensor_core_op(const Sizes& input_size, const Tensor& weight
   return grad_input;
 }
 
+Tensor conv2d_weight_tensor_core_op(const Tensor& input, const Sizes& weight_size, const Tensor& grad_output,
+                                    const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups) {
+  const Conv2dShape shape =
+      shape_of(check_weight_gradient(input, weight_size, grad_output, stride, padding, dilation, groups));
+  const DType dtype = dtype_of(input);
+  check_tensor_core(shape, dtype);
+  check_vectors("input", input);
+  check_vectors("grad_output", grad_output);
+  const DeviceGuard guard(input.get_device_index());
+  const Tensor grad_weight = empty(weight_size, input, true);
+  const Tensor workspace = empty_of(Sizes{conv2d_weight_tensor_core_workspace(shape)}, ScalarType::Byte, input);
+  conv2d_weight_tensor_core(shape, dtype, read(input), read(grad_output), write(grad_weight),
+                            workspace.mutable_data_ptr(), current_stream(input));
+  return grad_weight;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ATROUS_NAMESPACE, ATROUS_DISPATCH_KEY, m) {
@@ -118,6 +134,7 @@ STABLE_TORCH_LIBRARY_IMPL(ATROUS_NAMESPACE, ATROUS_DISPATCH_KEY, m) {
   m.impl("conv2d_weight", TORCH_BOX(&conv2d_weight_op));
   m.impl("conv2d_tensor_core", TORCH_BOX(&conv2d_tensor_core_op));
   m.impl("conv2d_input_tensor_core", TORCH_BOX(&conv2d_input_tensor_core_op));
+  m.impl("conv2d_weight_tensor_core", TORCH_BOX(&conv2d_weight_tensor_core_op));
 }
 
 }  // namespace atrous::cuda

@@ -3,6 +3,8 @@
 // Per tap a matrix product [output channels, input channels]; the summed dimension is the pixels at which the tap is valid,
 // flattened across the batch and cut into a fixed number of splits. Both factors lie with their channels innermost, so the
 // fragments are read transposed. Partial sums are float32; sum_partials adds them in order.
+#include <type_traits>
+
 #include "conv2d_tensor_core.h"
 #include "matrix_tiles.h"
 

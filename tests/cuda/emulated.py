@@ -109,14 +109,14 @@ def ops(checked: bool = False) -> Any:
 
 @contextmanager
 def as_cuda_backend(*names: str) -> Iterator[None]:
-    """Within the block, ``backend="cuda"`` of these ops runs the emulated kernels on CPU tensors."""
+    """Within the block, ``backend="cuda"`` and ``"tensor_core"`` of these ops run the emulated kernels on CPU tensors."""
     native, implementations = torch.ops.atrous_native, dispatch._implementations
     before = {name: implementations[name] for name in names}
     dispatch.forget()
     torch.ops.atrous_native = ops()
     for name in names:
         implementations[name] = [
-            replace(one, can_run=lambda problem: None) if one.name == "cuda" else one for one in before[name]
+            replace(one, can_run=lambda problem: None) if one.name in ("cuda", "tensor_core") else one for one in before[name]
         ]
     try:
         yield
