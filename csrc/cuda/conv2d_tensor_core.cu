@@ -8,6 +8,7 @@
 namespace atrous::cuda {
 namespace {
 
+// A block computes one tile: more than 2^31 of them are more than any memory holds.
 // weight_src_inner: the read channel is innermost in the weight [O, KH, KW, I], as it is in the forward pass; in the input
 // gradient the written one is.
 template <typename T, typename Shape, bool weight_src_inner>
