@@ -70,8 +70,8 @@ def conv2d(
         padding: zeros on both sides of each axis: an int, one per axis, ``"valid"`` (none) or ``"same"`` (output as large as
             the input; stride 1 only).
         groups: ``C`` and ``O`` must be divisible by it.
-        backend: ``"auto"``, ``"winograd"``, ``"cpu"``, ``"triton"``, ``"cuda"``, ``"torch"`` (the framework's own) or
-            ``"reference"``.
+        backend: ``"auto"``, ``"winograd"``, ``"cpu"``, ``"triton"``, ``"tensor_core"``, ``"cuda"``, ``"torch"`` (the framework's
+            own) or ``"reference"``.
 
     Returns:
         ``[N, O, H', W']`` (or ``[O, H', W']``) with ``H' = (H + 2 padding - dilation (kh - 1) - 1) // stride + 1``;

@@ -15,13 +15,15 @@ constexpr int slice_bytes = 64;  // of the summed dimension in one stage: two st
 template <typename T>
 constexpr int slice_depth = slice_bytes / static_cast<int>(sizeof(T));
 
-// A tile of `rows` x `columns`, of which a warp has warp_rows x warp_columns; `blocks` fit on a multiprocessor by their registers.
+// A tile of `rows` x `columns`, of which a warp has warp_rows x warp_columns. So many `blocks` fit on a multiprocessor: what
+// bounds their registers.
 template <int rows_, int columns_, int warp_rows_, int warp_columns_, int blocks_>
 struct TileShape {
   static constexpr int rows = rows_, columns = columns_, warp_rows = warp_rows_, warp_columns = warp_columns_;
   static constexpr int blocks = blocks_;
   static constexpr int warps_across = columns / warp_columns;
   static constexpr int threads = rows / warp_rows * warps_across * 32;
+  static_assert(warp_rows % 32 == 0 && warp_columns % 32 == 0);
 };
 using WideTile = TileShape<128, 128, 64, 64, 2>;
 using SmallTile = TileShape<64, 64, 32, 32, 3>;

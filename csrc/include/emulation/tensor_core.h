@@ -60,7 +60,7 @@ inline uint32_t round_to_tf32(uint32_t bits) {
 inline float widened(uint16_t bits, __half) { return __half2float({bits}); }
 inline float widened(uint16_t bits, __nv_bfloat16) { return __bfloat162float({bits}); }
 
-// Element k of a row of a or a column of b, of which four lanes hold a part each: which lane, which of its registers, which value.
+// Element k of a row of a or a column of b, of which four lanes hold a part each: which lane, which register, which value.
 template <typename T>
 struct Operand {
   static constexpr size_t depth = 16;
@@ -76,7 +76,7 @@ struct Operand<float> {  // TF32: the hardware reads 19 of the 32 bits
   static float value(uint32_t bits, size_t) { return float_from_bits(bits & ~0x1fffu); }
 };
 
-// sum += a b with a [16, depth] and b [depth, 8] of T, sum [16, 8] of float; sums run over ascending k, rounded to float once each.
+// sum += a b with a [16, depth] and b [depth, 8] of T, sum [16, 8] of float; sums run over ascending k, rounded once each.
 template <typename T>
 void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], ATROUS_CALLER) {
   struct Factors {
