@@ -2,17 +2,14 @@
 
 from atrous_kernels import nn
 from atrous_kernels.dispatch import Explanation, backend, precision
+from atrous_kernels.filters import domain_transform, mean_field, permutohedral_filter, permutohedral_lattice
 from atrous_kernels.functional import (
     ConvBN,
     aspp,
     conv2d,
     conv_bn_relu,
     depthwise_conv2d,
-    domain_transform,
     explain,
-    mean_field,
-    permutohedral_filter,
-    permutohedral_lattice,
     psp_conv,
     pyramid_pool,
     upsample_argmax,
