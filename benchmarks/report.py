@@ -269,6 +269,40 @@ Swap test, the trained weights evaluated on each backend: {scores or "not run"}.
     return "## Trained on real images\n\n" + "\n".join(parts) if parts else ""
 
 
+def published_section() -> str:
+    results = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / "published").glob("*.json"))}
+    if not results:
+        return ""
+    cells = []
+    for name, found in results.items():
+        settings = found["config"]["eval"]
+        averaged = [f"scales {', '.join(f'{scale:g}' for scale in settings['scales'])}"] if settings["scales"] != [1.0] else []
+        averaged += ["mirrored"] if settings["flip"] else []
+        averaged += ["DenseCRF"] if settings["refine"] == "crf" else []
+        cells.append(
+            [
+                name.partition(".")[0],
+                str(settings["output_stride"] or found["config"]["model"]["output_stride"]),
+                found["backend"],
+                ", ".join(averaged) or "one pass",
+                f"**{100 * found['miou']:.2f} %**",
+                f"{100 * found['pixel_accuracy']:.2f} %",
+                f"{found['images_per_second']:.2f}",
+            ]
+        )
+    first = next(iter(results.values()))
+    machine = first["machine"]
+    return f"""## Published weights, reproduced
+
+Networks that others trained, loaded by `segmodels.readers` and evaluated by one command each \
+(`python -m segmodels.evaluate --config deeplabv3_mobilenetv2_os16_voc-subset_513x513_published`), on the {first["images"]} \
+images of `{first["config"]["data"]["name"]}` `{first["split"]}` in `{Path(first["config"]["data"]["root"]).name}`; one thread \
+of {machine["cpu"]} beside other work, so the speeds are only indications.
+
+{table(["network", "output stride", "backend", "averaged over", "mIoU", "pixel accuracy", "images/s"], cells)}
+"""
+
+
 def kernels_section() -> str:
     lines = []
     triton = load("triton_resources.json")
@@ -345,7 +379,7 @@ def page() -> str:
     if models:
         sections.append(models_section(models))
     sections += [op_section(op, title) for op, title in OPS.items()]
-    sections += [errors_section(), fuzz_section(), training_section(), kernels_section(), plan_section()]
+    sections += [errors_section(), fuzz_section(), training_section(), published_section(), kernels_section(), plan_section()]
     return "\n".join(section for section in sections if section)
 
 

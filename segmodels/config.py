@@ -67,9 +67,11 @@ class ModelConfig:
     """The network."""
 
     name: str = _setting("deeplabv3_resnet50", "see segmodels.list_models()")
-    output_stride: int = _setting(16, "pixels of the image per pixel of the encoder's output: 8, 16 or 32", low=8, high=32)
+    output_stride: int = _setting(
+        16, "pixels of the image per pixel of the encoder's output: 4 to 32, with cascade to 256", low=4, high=256
+    )
     weights_backbone: str | None = _setting(None, "classification weights of the backbone: imagenet, a file, or null")
-    weights: str | None = _setting(None, "start from the weights of this checkpoint of segmodels.train (a second stage)")
+    weights: str | None = _setting(None, "start from these weights: a checkpoint of segmodels.train, or a published network")
     aux_loss: bool = _setting(False, "add the auxiliary head")
     options: dict[str, Any] = _setting({}, "further arguments of create_model: rates, separable, multi_grid, ...")
 
@@ -95,6 +97,10 @@ class TrainConfig:
     balance: float = _setting(
         0.0, "weights classes by pixel frequency ** -balance instead; 0 is off, 1 the full inverse", low=0, high=1
     )
+    labels_at: str = _setting(
+        "image", "where the loss compares: scores upsampled to the labels, or labels sampled on the grid of the scores",
+        choices=("image", "scores"),
+    )  # fmt: skip
     aux_weight: float = _setting(0.4, "weight of the auxiliary loss", low=0)
     clip_norm: float = _setting(0.0, "largest norm of the gradient; 0 is off", low=0)
     ema_decay: float = _setting(
@@ -114,7 +120,10 @@ class EvalConfig:
     crf: list[float] = _setting(
         [4.0, 67.0, 3.0, 3.0, 1.0], "w1, sigma_alpha, sigma_beta, w2, sigma_gamma of refine=crf", above=0, length=5
     )
-    output_stride: int | None = _setting(None, "evaluate at another output stride than trained: 8, 16, 32", low=8, high=32)
+    output_stride: int | None = _setting(None, "evaluate at another output stride than trained", low=4, high=256)
+    canvas: list[int] | None = _setting(
+        None, "height and width onto which every image is placed, top left; larger ones are reduced to it", low=1, length=2
+    )
     limit: int | None = _setting(None, "at most this many images of the split", low=1)
     sheet: int = _setting(4, "rows of the picture image | truth | prediction; 0 draws none", low=0, high=64)
 
@@ -301,11 +310,11 @@ def _check_ranges(config: Config) -> None:
             value, meta = getattr(values, item.name), item.metadata
             entries = value if isinstance(value, list) else [value]
             wrong = [entry for entry in entries if entry is not None and not _in_range(entry, meta)]
-            if wrong or (meta["length"] is not None and len(entries) != meta["length"]):
+            if wrong or (meta["length"] is not None and value is not None and len(entries) != meta["length"]):
                 raise ConfigError(f"{section}.{item.name}={value!r}: expected {_expected(hints[item.name], meta)}")
     for key, value in (("model", config.model.output_stride), ("eval", config.eval.output_stride)):
-        if value not in (None, 8, 16, 32):
-            raise ConfigError(f"{key}.output_stride={value}: expected 8, 16 or 32")
+        if value is not None and value.bit_count() != 1:
+            raise ConfigError(f"{key}.output_stride={value}: expected a power of two")
     if config.data.scale[0] > config.data.scale[1]:
         raise ConfigError(f"data.scale={config.data.scale}: expected the smaller bound first")
     if not config.eval.scales:

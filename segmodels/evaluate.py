@@ -1,11 +1,12 @@
-"""``python -m segmodels.evaluate --checkpoint FILE [section.key=value ...]``.
+"""``python -m segmodels.evaluate --checkpoint FILE [section.key=value ...]`` (or ``--config RECIPE`` with published weights).
 
 One confusion matrix over a split, at the images' own size: mIoU, IoU per class, accuracies as a table and as JSON. The
-settings are those of the checkpoint; ``--config`` and overrides come on top.
+settings are those of the checkpoint or of the recipe; overrides come on top.
 """
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
 from pathlib import Path
@@ -28,24 +29,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser = build_parser("evaluate", (__doc__ or "").strip())
     add_inference_flags(parser)
     parser.add_argument("--split", metavar="NAME", help="data.val_split")
-    parser.add_argument("--output", metavar="FILE", help="the JSON; by default evaluate_SPLIT.json beside the checkpoint")
+    parser.add_argument(
+        "--output", metavar="FILE", help="the JSON; by default evaluate_SPLIT.json beside the checkpoint, or in runs/RECIPE"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, see below")
     flags = parser.parse_intermixed_args(arguments)
     overrides, rest = split_overrides(flags.overrides)
     if rest:
         raise ConfigError(f"argument {rest[0]!r}: expected section.key=value, for example eval.flip=true")
     overrides += flag_overrides(flags) + ([f"data.val_split={flags.split}"] if flags.split else [])
-    result = evaluate(flags.checkpoint, overrides, flags.output)
+    result = evaluate(flags.checkpoint, overrides, flags.output, flags.config)
     return 0 if result else 1
 
 
-def evaluate(checkpoint: str, overrides: list[str], output: str | None = None) -> dict[str, Any]:
-    """Evaluates a checkpoint; prints the table, writes the JSON and, with ``eval.sheet``, a picture beside it.
+def evaluate(
+    checkpoint: str | None, overrides: list[str], output: str | None = None, recipe: str | None = None
+) -> dict[str, Any]:
+    """Evaluates a checkpoint, or the published weights of a recipe; prints the table, writes the JSON and, with
+    ``eval.sheet``, a picture beside it.
 
     Args:
         checkpoint: of :mod:`segmodels.train`.
-        overrides: ``section.key=value`` on top of the settings in it.
-        output: the JSON file; None puts it beside the checkpoint.
+        overrides: ``section.key=value`` on top of the settings.
+        output: the JSON file; None puts it beside the checkpoint, or into ``runs/RECIPE``.
+        recipe: instead of a checkpoint.
 
     Returns:
         What was written.
@@ -53,17 +60,17 @@ def evaluate(checkpoint: str, overrides: list[str], output: str | None = None) -
     Raises:
         CheckpointError, ConfigError, DataError: the message says what is wrong with which file or setting.
     """
-    model, config, raw, state = load_trained(checkpoint, overrides)
+    model, config, raw, origin = load_trained(checkpoint, recipe, overrides)
     device = prepare_runtime(config)
     model.to(device)
     split = config.data.val_split
     dataset = build_dataset(config, split)
-    if dataset.classes != state["classes"]:
+    if dataset.classes != origin.classes:
         raise DataError(
-            f"{dataset!r} has the classes {dataset.classes}: expected those that {checkpoint} was trained on, "
-            f"{state['classes']}"
+            f"{dataset!r} has the classes {dataset.classes}: expected those that {origin.path} was trained on, {origin.classes}"
         )
-    path = Path(output) if output else Path(checkpoint).with_name(f"evaluate_{split}.json")
+    beside = Path(checkpoint).parent if checkpoint else Path("runs") / Path(str(recipe)).stem
+    path = Path(output) if output else beside / f"evaluate_{split}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     total = min(len(dataset), config.eval.limit or len(dataset))
     began = time.monotonic()
@@ -93,7 +100,8 @@ def evaluate(checkpoint: str, overrides: list[str], output: str | None = None) -
         "commit": report.current_commit(),
         "machine": report.machine(),
         "versions": report.versions(),
-        "trained_iterations": state["iteration"],
+        "trained_iterations": origin.iteration,
+        "weights_sha256": hashlib.sha256(Path(origin.path).read_bytes()).hexdigest(),
         "split": split,
         "images": total,
         "seconds": round(seconds, 2),

@@ -1,4 +1,4 @@
-"""``python -m segmodels.predict --checkpoint FILE --output DIR IMAGE_OR_FOLDER_OR_LIST ...``.
+"""``python -m segmodels.predict --checkpoint FILE --output DIR IMAGE_OR_FOLDER_OR_LIST ...`` (or ``--config RECIPE``).
 
 Writes a colour overlay as PNG for every image, of any size. A folder stands for all images in it and below, a ``.txt`` file
 for the paths in it, one per line (relative ones are looked for beside the list). A file that cannot be read is named and
@@ -29,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", metavar="DIR", required=True, help="folder of the pictures, made where missing")
     parser.add_argument("--alpha", type=float, default=0.5, help="share of the class colours in the overlay (0.5)")
     parser.add_argument("--masks", action="store_true", help="write the class ids as well, as STEM_mask.png")
+    parser.add_argument("--attention", action="store_true", help="write how much each scale counts, as STEM_attention_SCALE.png")
     parser.add_argument("--stop-on-error", action="store_true", help="stop at the first file that cannot be read")
     parser.add_argument("inputs", nargs="+", metavar="INPUT or section.key=value", help="images, folders, lists, settings")
     flags = parser.parse_intermixed_args(arguments)
@@ -36,10 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not 0 <= flags.alpha <= 1:
         raise ConfigError(f"--alpha {flags.alpha}: expected 0 to 1")
     files = collect_images(inputs)
-    model, config, _, state = load_trained(flags.checkpoint, overrides + flag_overrides(flags))
+    model, config, _, origin = load_trained(flags.checkpoint, flags.config, overrides + flag_overrides(flags))
     device = prepare_runtime(config)
     predictor = build_predictor(config, model.to(device), device)
-    colors = np.array(state["colors"], np.uint8)
+    colors = np.array(origin.colors, np.uint8)
     output = Path(flags.output)
     output.mkdir(parents=True, exist_ok=True)
 
@@ -59,8 +60,11 @@ def main(arguments: list[str] | None = None) -> int:
             write_png(output / f"{name}_overlay.png", overlay(image, label, colors, flags.alpha))
             if flags.masks:
                 write_png(output / f"{name}_mask.png", label)
+            if flags.attention:
+                for scale, weight in zip(model.scales, predictor.attention(image), strict=True):  # type: ignore[arg-type]
+                    write_png(output / f"{name}_attention_{scale:g}.png", (255 * weight).round().astype(np.uint8))
             reporter.update(done)
-    write_png(output / "legend.png", legend(state["classes"], colors, 480))
+    write_png(output / "legend.png", legend(origin.classes, colors, 480))
     say(f"wrote {len(files) - skipped} overlays and legend.png to {output}" + (f"; skipped {skipped}" if skipped else ""))
     return 1 if skipped else 0
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from segmodels.config import Config, ConfigError, load_config
-from segmodels.engine.build import build_dataset, build_model, prepare_runtime
+from segmodels.engine.build import build_dataset, build_model, prepare_runtime, write_out_published_options
 from segmodels.engine.checkpoints import load_checkpoint
 from segmodels.engine.cli import build_parser, flag_overrides, run_command, split_overrides
 from segmodels.engine.progress import say
@@ -36,6 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     if recipe is None and flags.resume and flags.work_dir and (Path(flags.work_dir) / "last.pt").is_file():
         recipe = load_checkpoint(Path(flags.work_dir) / "last.pt")["config"]
     config, raw = load_config(recipe, overrides)
+    write_out_published_options(config, raw)
+    write_out_published_options(config, raw)
 
     name = Path(flags.config).stem if flags.config else f"{config.model.name}_{config.data.name}"
     work_dir = Path(config.run.work_dir or f"runs/{name}")

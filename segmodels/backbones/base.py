@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from atrous_kernels.functional import conv2d
 from atrous_kernels.nn import Conv2d, as_one
 
-OUTPUT_STRIDES = (8, 16, 32)
+#: Of a network that reduces by 32 on its own; further stages allow more.
+OUTPUT_STRIDES = (4, 8, 16, 32)
 
 
 class Geometry(NamedTuple):
@@ -31,7 +32,8 @@ class Backbone(nn.Module):
 
     Attributes:
         channels: ``{"low": int, "aux": int, "out": int}``.
-        output_stride: 8, 16 or 32; change it with :meth:`set_output_stride`.
+        output_stride: 4, 8, 16 or 32; change it with :meth:`set_output_stride`.
+        output_strides: those it can have.
         input_mean, input_std: of the normalisation ``(x - mean) / std`` of RGB in [0, 1] under which its published weights
             were trained.
         classifier_prefixes: keys of a published classification file that have no place here.
@@ -39,6 +41,7 @@ class Backbone(nn.Module):
 
     channels: dict[str, int]
     output_stride: int = 32
+    output_strides: tuple[int, ...] = OUTPUT_STRIDES
     input_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     input_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     classifier_prefixes: tuple[str, ...] = ()
@@ -51,12 +54,16 @@ class Backbone(nn.Module):
         the strided network keeps are the same numbers (DeepLabv3, section 3.1; the convention of torchvision).
 
         Raises:
-            ValueError: ``output_stride`` is not 8, 16 or 32.
+            ValueError: ``output_stride`` is not one of ``output_strides``.
         """
-        if output_stride not in OUTPUT_STRIDES:
-            raise ValueError(f"output_stride={output_stride!r}: expected one of {', '.join(map(str, OUTPUT_STRIDES))}")
+        if output_stride not in self.output_strides:
+            raise ValueError(f"output_stride={output_stride!r}: expected one of {', '.join(map(str, self.output_strides))}")
         self._apply_output_stride(output_stride)
         self.output_stride = output_stride
+
+    def from_published(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A published classification file under our names; here, they are the file's."""
+        return state
 
     def _apply_output_stride(self, output_stride: int) -> None:
         raise NotImplementedError(f"{type(self).__name__} does not define how it changes its output stride")
@@ -82,11 +89,11 @@ def set_geometry(conv: nn.Conv2d, stride: int, rate: int) -> None:
     conv.padding = (rate * (conv.kernel_size[0] - 1) // 2, rate * (conv.kernel_size[1] - 1) // 2)
 
 
-def scaled_width(width: int, multiplier: float) -> int:
-    """``width * multiplier`` rounded to a multiple of 8, never below 90 % of it (the MobileNets' rule)."""
+def scaled_width(width: int, multiplier: float, divisor: int = 8) -> int:
+    """``width * multiplier`` rounded to a multiple of ``divisor``, never below 90 % of it (the MobileNets' rule)."""
     scaled = width * multiplier
-    rounded = max(8, int(scaled + 4) // 8 * 8)
-    return rounded + 8 if rounded < 0.9 * scaled else rounded
+    rounded = max(divisor, int(scaled + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * scaled else rounded
 
 
 class SamePaddedConv2d(Conv2d):

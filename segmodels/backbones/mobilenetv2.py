@@ -61,7 +61,8 @@ class MobileNetV2(Backbone):
     """MobileNetV2 up to features.17: ``low`` is features.3, ``aux`` features.13, ``out`` features.17 (320 channels).
 
     Args:
-        width_mult: multiplies every width, rounded to multiples of 8.
+        width_mult: multiplies every width.
+        width_divisor: the products are rounded to multiples of it; the authors' half-width segmentation network has 1.
         output_stride: 8, 16 or 32.
         padding: ``"centred"`` as torchvision, or ``"same"`` for weights that were trained with TensorFlow's zeros.
 
@@ -71,14 +72,18 @@ class MobileNetV2(Backbone):
 
     classifier_prefixes = ("features.18.", "classifier.")
 
-    def __init__(self, width_mult: float = 1.0, output_stride: int = 32, padding: str = "centred") -> None:
+    def __init__(
+        self, width_mult: float = 1.0, output_stride: int = 32, padding: str = "centred", width_divisor: int = 8
+    ) -> None:
         super().__init__()
         if not width_mult > 0:
             raise ValueError(f"width_mult={width_mult!r}: expected a positive number")
+        if not isinstance(width_divisor, int) or width_divisor < 1:
+            raise ValueError(f"width_divisor={width_divisor!r}: expected a positive integer")
         if padding not in ("centred", "same"):
             raise ValueError(f"padding={padding!r}: expected 'centred' or 'same'")
         conv: type[Conv2d] = SamePaddedConv2d if padding == "same" else Conv2d
-        in_channels = scaled_width(STEM_WIDTH, width_mult)
+        in_channels = scaled_width(STEM_WIDTH, width_mult, width_divisor)
         layers: list[nn.Module] = [_conv_bn_relu6(3, in_channels, 3, 2, 1, conv)]
         self._taps: dict[int, str] = {}
         self.channels = {}
@@ -90,7 +95,7 @@ class MobileNetV2(Backbone):
                     self._taps[len(layers) - 1] = name
                     self.channels[name] = in_channels
                 strides_left -= 1
-            out_channels = scaled_width(width, width_mult)
+            out_channels = scaled_width(width, width_mult, width_divisor)
             for repeat in range(repeats):
                 layers.append(
                     InvertedResidual(in_channels, out_channels, stride if repeat == 0 else 1, expansion, conv)

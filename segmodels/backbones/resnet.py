@@ -1,7 +1,8 @@
-"""ResNet-18 to 152 (He et al., "Deep Residual Learning for Image Recognition", 2015, table 1) as dilated backbones.
+"""ResNet-18 to 269 (He et al., "Deep Residual Learning for Image Recognition", 2015, table 1) as dilated backbones.
 
-Keys are torchvision's, and so is the place of the stride (in the 3x3 convolution of a bottleneck), so published weights load
-unchanged. Dilation and Multi_Grid: DeepLabv3, sections 3.1 and 3.2.
+Keys are torchvision's, and so by default is the place of the stride (in the 3x3 convolution of a bottleneck), so published
+weights load unchanged. Dilation, Multi_Grid and the cascade: DeepLabv3, sections 3.1 and 3.2. ResNet-269 and the deep stem:
+PSPNet.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ DEPTHS = {
     50: Depth(True, (3, 4, 6, 3)),
     101: Depth(True, (3, 4, 23, 3)),
     152: Depth(True, (3, 8, 36, 3)),
+    269: Depth(True, (3, 30, 48, 8)),
 }
 
 
 class _Block(nn.Module):
-    """What both residual blocks share: the projection of the shortcut and its stride."""
+    """What both residual blocks share: the shortcut, projected where the channels change, subsampled where it is strided."""
 
     native_stride: int
     downsample: nn.Sequential | None
@@ -41,17 +43,19 @@ class _Block(nn.Module):
     def _init_shortcut(self, in_channels: int, out_channels: int, stride: int) -> None:
         self.native_stride = stride
         self.downsample = None
-        if stride != 1 or in_channels != out_channels:
+        self.shortcut_stride = stride
+        if in_channels != out_channels:
             self.downsample = ConvBN(
                 Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
             )
 
     def _shortcut(self, x: Tensor) -> Tensor:
-        if self.downsample is None:
-            return x
-        return self.downsample(x)
+        if self.downsample is not None:
+            return self.downsample(x)
+        return x if self.shortcut_stride == 1 else x[:, :, :: self.shortcut_stride, :: self.shortcut_stride]
 
     def _set_shortcut_stride(self, stride: int) -> None:
+        self.shortcut_stride = stride
         if self.downsample is not None:
             set_geometry(cast(Conv2d, self.downsample[0]), stride, rate=1)
 
@@ -80,16 +84,17 @@ class BasicBlock(_Block):
 
 
 class Bottleneck(_Block):
-    """1x1, 3x3 (with the stride, as torchvision has it) and 1x1 convolution."""
+    """1x1, 3x3 and 1x1 convolution; the stride is in the 3x3, as torchvision has it, or in the first 1x1."""
 
     expansion = 4
 
-    def __init__(self, in_channels: int, width: int, stride: int) -> None:
+    def __init__(self, in_channels: int, width: int, stride: int, stride_in_1x1: bool = False) -> None:
         super().__init__()
+        self.stride_in_1x1 = stride_in_1x1
         out_channels = width * self.expansion
         self.conv1 = Conv2d(in_channels, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = Conv2d(width, width, 3, stride=stride, padding=1, bias=False)
+        self.conv2 = Conv2d(width, width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = Conv2d(width, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
@@ -100,21 +105,31 @@ class Bottleneck(_Block):
         return conv_bn(self.conv3, self.bn3, y, residual=self._shortcut(x))
 
     def set_geometry(self, geometry: Geometry) -> None:
-        set_geometry(self.conv2, geometry.stride, geometry.first_rate)
+        set_geometry(self.conv1, geometry.stride if self.stride_in_1x1 else 1, rate=1)
+        set_geometry(self.conv2, 1 if self.stride_in_1x1 else geometry.stride, geometry.first_rate)
         self._set_shortcut_stride(geometry.stride)
 
 
 class ResNet(Backbone):
-    """ResNet without its classifier: ``low`` is layer1, ``aux`` layer3, ``out`` layer4.
+    """ResNet without its classifier: ``low`` is layer1, ``aux`` layer3, ``out`` layer4 or the last cascaded layer.
 
     Args:
-        depth: 18, 34, 50, 101 or 152.
-        output_stride: 8, 16 or 32.
-        multi_grid: one factor per block of layer4; the rate of a block's 3x3 convolutions is its base rate times the factor
-            (section 3.2.1). None is all ones.
+        depth: 18, 34, 50, 101, 152 or 269.
+        output_stride: 4, 8, 16 or 32; with a cascade also 64, 128, 256.
+        multi_grid: one factor per block of layer4 and of every cascaded layer; the rate of a block's 3x3 convolutions is its
+            base rate times the factor (section 3.2.1). None is all ones.
         first_block: base rate of the first block of a stage whose stride was removed. ``"previous"``: the rate before the
             stage, as torchvision (for bottlenecks that is the block's only 3x3 convolution). ``"full"``: the stage's own
-            rate, as the paper, whose strides sit at the end of the stage before. Same keys, different outputs.
+            rate, as PSPNet and the peers that set the rate of a whole stage. Same keys, different outputs. Of stride placement
+            ``"3x3"`` only: the others leave no choice.
+        stem: ``"conv7"``, or ``"deep"``: 3x3 convolutions of ``stem_width`` (stride 2), ``stem_width`` and twice as many
+            channels in its place; 64 as PSPNet (timm's ``s``), 32 as timm's ``c``.
+        stride_placement: ``"3x3"``: in the 3x3 convolution of a stage's first block, as torchvision; ``"1x1"``: in its first
+            1x1 convolution, as the paper and its Caffe models; ``"last"``: in the 3x3 convolution of the last block of the
+            stage before, as the authors of DeepLabv3. Same keys, different outputs.
+        ceil_mode: the max pool rounds its size up, as Caffe's (DeepLab v2).
+        stages: 4; with fewer the last ones are left out, and ``aux`` is the stage before ``out``.
+        cascade: further stages behind layer4, copies of it (DeepLabv3, section 3.2, block5 to block7): up to 3.
         width_mult: factor on all widths; 1 is the published network.
 
     Raises:
@@ -122,10 +137,6 @@ class ResNet(Backbone):
     """
 
     classifier_prefixes = ("fc.",)
-    layer1: nn.Sequential
-    layer2: nn.Sequential
-    layer3: nn.Sequential
-    layer4: nn.Sequential
 
     def __init__(
         self,
@@ -133,28 +144,51 @@ class ResNet(Backbone):
         output_stride: int = 32,
         multi_grid: Sequence[int] | None = None,
         first_block: str = "previous",
+        stem: str = "conv7",
+        stem_width: int = 64,
+        stride_placement: str = "3x3",
+        ceil_mode: bool = False,
+        stages: int = 4,
+        cascade: int = 0,
         width_mult: float = 1.0,
     ) -> None:
         super().__init__()
         bottleneck, blocks = DEPTHS[depth]
         self.multi_grid = _check_multi_grid(multi_grid, blocks[-1])
-        if first_block not in ("previous", "full"):
-            raise ValueError(f"first_block={first_block!r}: expected 'previous' or 'full'")
-        self.first_block = first_block
+        _check_choice("first_block", first_block, ("previous", "full"))
+        _check_choice("stem", stem, ("conv7", "deep"))
+        _check_choice("stride_placement", stride_placement, ("3x3", "1x1", "last") if bottleneck else ("3x3",))
+        if cascade not in range(4):
+            raise ValueError(f"cascade={cascade!r}: expected 0 to 3 stages behind layer4")
+        if stages not in ((4,) if cascade else (2, 3, 4)):
+            raise ValueError(f"stages={stages!r}: expected 2 to 4, and 4 with a cascade")
+        self.first_block, self.stride_placement, self.ceil_mode = first_block, stride_placement, ceil_mode
+        self.output_strides = (4, 8, 16, 32, 64, 128, 256)[: stages + cascade]
         block: type[BasicBlock] | type[Bottleneck] = Bottleneck if bottleneck else BasicBlock
         widths = [round(width * width_mult) for width in WIDTHS]
         if widths[0] < 1:
             raise ValueError(f"width_mult={width_mult}: expected at least {1 / WIDTHS[0]}, one channel in the stem")
         in_channels = widths[0]
-        self.conv1 = Conv2d(3, in_channels, 7, stride=2, padding=3, bias=False)
+        self.conv1: nn.Module = Conv2d(3, in_channels, 7, stride=2, padding=3, bias=False)
+        if stem == "deep":
+            in_channels = 2 * round(stem_width * width_mult)
+            self.conv1 = _deep_stem(in_channels // 2, in_channels)
         self.bn1 = nn.BatchNorm2d(in_channels)
-        for index, (width, count) in enumerate(zip(widths, blocks, strict=True)):
+        # Every stage but the first has a stride: at its beginning, or at the end of the stage before.
+        widths = widths[:stages] + widths[-1:] * cascade
+        counts = [*blocks[:stages], *blocks[-1:] * cascade]
+        last = stride_placement == "last"
+        for index, (width, count) in enumerate(zip(widths, counts, strict=True)):
+            strided = count - 1 if last else 0
+            strides = index < len(widths) - 1 if last else index > 0
             stage = nn.Sequential()
             for i in range(count):
-                stage.append(block(in_channels, width, 2 if index > 0 and i == 0 else 1))
+                stride = 2 if strides and i == strided else 1
+                stage.append(block(in_channels, width, stride, **({"stride_in_1x1": True} if stride_placement == "1x1" else {})))
                 in_channels = width * block.expansion
             setattr(self, f"layer{index + 1}", stage)
-        low, _, aux, out = (width * block.expansion for width in widths)
+        self._aux_index = stages - 2
+        low, aux, out = (widths[index] * block.expansion for index in (0, self._aux_index, -1))
         self.channels = {"low": low, "aux": aux, "out": out}
         self.set_output_stride(output_stride)
         for module in self.modules():
@@ -162,21 +196,52 @@ class ResNet(Backbone):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        x = conv_bn(self.conv1, self.bn1, x)
-        x = F.max_pool2d(x, 3, stride=2, padding=1)
-        low = self.layer1(x)
-        aux = self.layer3(self.layer2(low))
-        return {"low": low, "aux": aux, "out": self.layer4(aux)}
+        stem = self.conv1
+        if isinstance(stem, nn.Sequential):  # the last convolution's BatchNorm is bn1
+            x, stem = stem[:-1](x), stem[-1]
+        x = conv_bn(stem, self.bn1, x)
+        x = F.max_pool2d(x, 3, stride=2, padding=1, ceil_mode=self.ceil_mode)
+        features = {}
+        for index, stage in enumerate(self._stages):
+            if index == 0 and self.stride_placement == "last":
+                features["low"] = stage[:-1](x)  # before the block that leaves stride 4
+                x = stage[-1](features["low"])
+            else:
+                x = stage(x)
+                features.setdefault("low", x)
+            if index == self._aux_index:
+                features["aux"] = x
+        return {**features, "out": x}
+
+    @property
+    def _stages(self) -> list[nn.Sequential]:
+        return [cast(nn.Sequential, stage) for name, stage in self.named_children() if name.startswith("layer")]
 
     def _apply_output_stride(self, output_stride: int) -> None:
-        stages = [self.layer1, self.layer2, self.layer3, self.layer4]
-        blocks = [cast("BasicBlock | Bottleneck", block) for stage in stages for block in stage]
-        grids = [1] * (len(blocks) - len(self.multi_grid)) + list(self.multi_grid)
+        blocks = [cast("BasicBlock | Bottleneck", block) for stage in self._stages for block in stage]
+        gridded = [rate for _ in self._stages[3:] for rate in self.multi_grid]
+        grids = [1] * (len(blocks) - len(gridded)) + gridded
         plan = plan_geometry([block.native_stride for block in blocks], 4, output_stride)
         for block, grid, (stride, first_rate, rate) in zip(blocks, grids, plan, strict=True):
-            if self.first_block == "full":
+            # Behind a stride in the 1x1 convolution the 3x3 reads the new grid, before one at the end of a stage the old.
+            if self.stride_placement == "1x1" or (self.first_block == "full" and self.stride_placement == "3x3"):
                 first_rate = rate
             block.set_geometry(Geometry(stride, first_rate * grid, rate * grid))
+
+
+def _deep_stem(width: int, out_channels: int) -> nn.Sequential:
+    """Keys of timm's deep stems: ``0``, ``3`` and ``6`` are the convolutions; the last one's BatchNorm is ``bn1``."""
+    layers: list[nn.Module] = []
+    for index, (into, out) in enumerate(((3, width), (width, width), (width, out_channels))):
+        layers.append(Conv2d(into, out, 3, stride=2 if index == 0 else 1, padding=1, bias=False))
+        if index < 2:
+            layers += [nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
+    return ConvBN(*layers)
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: expected {' or '.join(map(repr, choices))}")
 
 
 def _check_multi_grid(multi_grid: Sequence[int] | None, blocks: int) -> tuple[int, ...]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from segmodels.data import camvid, folder, synthetic, voc
 from segmodels.data.dataset import IGNORE_INDEX, SegmentationDataset, voc_colormap
 from segmodels.data.files import DataError, read_image, read_mask
@@ -14,6 +16,7 @@ __all__ = [
     "IGNORE_INDEX",
     "DataError",
     "SegmentationDataset",
+    "class_names",
     "create_dataset",
     "read_image",
     "read_mask",
@@ -27,6 +30,19 @@ DATASETS: dict[str, tuple[type[SegmentationDataset], tuple[str, ...] | None]] = 
     "folder": (folder.Folder, None),
     "synthetic": (synthetic.Synthetic, synthetic.SPLITS),
 }
+
+
+def class_names(name: str) -> tuple[list[str], np.ndarray]:
+    """Names and colours (uint8 ``[C, 3]``) of the classes of "camvid" or "voc", whose files need not be here.
+
+    Raises:
+        ValueError: the classes of this data set are known only when it is opened.
+    """
+    if name == "camvid":
+        return list(camvid.COLORS), np.array(list(camvid.COLORS.values()), np.uint8)
+    if name == "voc":
+        return list(voc.CLASSES), voc_colormap(len(voc.CLASSES))
+    raise ValueError(f"data.name={name!r}: expected camvid or voc, whose classes are known without a checkpoint")
 
 
 def create_dataset(name: str, root: str | Path | None = None, split: str = "train", **options: Any) -> SegmentationDataset:

@@ -13,7 +13,7 @@ SPLITS = ("train", "val", "test")
 VOID_ID = 11
 
 # Colours of the CamVid label palette; where SegNet merges several of its 32 classes, the colour of the largest one.
-_CLASSES: dict[str, tuple[int, int, int]] = {
+COLORS: dict[str, tuple[int, int, int]] = {
     "sky": (128, 128, 128),
     "building": (128, 0, 0),
     "pole": (192, 192, 128),
@@ -44,5 +44,5 @@ class CamVid(PairedFiles):
         folder = find_root(root, "camvid", f"{split}/images and {split}/labels")
         images, masks = first_layout(folder, "camvid", [(f"{split}/images", f"{split}/labels"), (split, f"{split}annot")])
         pairs = match_masks(list_by_stem(images, IMAGE_SUFFIXES, "images"), masks)
-        colors = np.array(list(_CLASSES.values()), np.uint8)
-        super().__init__(pairs, list(_CLASSES), colors, split, folder, void_ids=(VOID_ID,))
+        colors = np.array(list(COLORS.values()), np.uint8)
+        super().__init__(pairs, list(COLORS), colors, split, folder, void_ids=(VOID_ID,))

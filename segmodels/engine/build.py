@@ -5,15 +5,15 @@ from __future__ import annotations
 import ctypes
 import os
 import random
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from torch import nn
 
-from segmodels.config import Config, load_config
-from segmodels.data import SegmentationDataset, create_dataset
+from segmodels.config import Config, ConfigError, load_config
+from segmodels.data import SegmentationDataset, class_names, create_dataset
 from segmodels.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -24,8 +24,9 @@ from segmodels.data.transforms import (
     RandomScale,
     Transform,
 )
-from segmodels.engine.checkpoints import CheckpointError, load_checkpoint
+from segmodels.engine.checkpoints import CheckpointError, is_checkpoint, load_checkpoint
 from segmodels.engine.inference import Predictor, Refinement
+from segmodels.readers import read_published
 from segmodels.refine import DenseCRF, unary_from_probabilities
 from segmodels.registry import create_model
 
@@ -81,17 +82,33 @@ def build_transforms(config: Config) -> Transform:
 def build_model(config: Config, num_classes: int) -> nn.Module:
     """The network of ``config.model``; errors as :func:`segmodels.create_model` and :func:`load_trained`."""
     settings = config.model
+    continued = settings.weights is not None and is_checkpoint(settings.weights)
     model = create_model(
         settings.name,
         num_classes,
         settings.output_stride,
         aux_loss=settings.aux_loss,
+        weights=None if continued else settings.weights,
         weights_backbone=settings.weights_backbone,
         **settings.options,
     )
-    if settings.weights is not None:
+    if settings.weights is not None and continued:
         _load_weights(model, load_checkpoint(settings.weights), settings.weights, settings.name)
     return model
+
+
+def write_out_published_options(config: Config, raw: dict[str, Any]) -> None:
+    """Adds to the settings the options that published weights bring, so that a checkpoint says what its network was.
+
+    Args:
+        config, raw: as :func:`segmodels.config.load_config` returns them; changed in place.
+    """
+    weights = config.model.weights
+    if weights is not None and not is_checkpoint(weights):
+        options = dict(read_published(weights).options)
+        options.pop("output_stride", None)  # has a setting of its own
+        config.model.options = options | config.model.options
+        raw["model"]["options"] = options | raw["model"]["options"]
 
 
 def _load_weights(model: nn.Module, state: dict[str, Any], path: str | os.PathLike[str], name: str) -> None:
@@ -121,6 +138,7 @@ def build_predictor(config: Config, model: nn.Module, device: torch.device) -> P
         scales=config.eval.scales,
         flip=config.eval.flip,
         refine=_refinement(config),
+        canvas=config.eval.canvas,
         device=device,
         amp=config.train.amp != "none",
         channels_last=config.train.channels_last,
@@ -135,29 +153,52 @@ def _refinement(config: Config) -> Refinement | None:
     return lambda probabilities, images: crf(unary_from_probabilities(probabilities), images)
 
 
+class Origin(NamedTuple):
+    """Where weights come from: the file, its classes with their colours, and the steps of its training where known."""
+
+    path: str
+    classes: list[str]
+    colors: list[list[int]]
+    iteration: int | None
+
+
 def load_trained(
-    path: str | os.PathLike[str], overrides: list[str]
-) -> tuple[nn.Module, Config, dict[str, Any], dict[str, Any]]:
-    """Builds the network of a checkpoint and loads its weights: the averaged ones where the run kept an average.
+    checkpoint: str | None, recipe: str | None, overrides: list[str]
+) -> tuple[nn.Module, Config, dict[str, Any], Origin]:
+    """Builds a network and loads its weights: of a checkpoint (the averaged ones where the run kept an average), or the
+    published ones that a recipe names as ``model.weights``.
 
     Args:
-        path: written by :mod:`segmodels.train`.
-        overrides: ``section.key=value`` on top of the settings in it.
+        checkpoint: written by :mod:`segmodels.train`, or None.
+        recipe: used without a checkpoint only.
+        overrides: ``section.key=value`` on top of the settings.
 
     Returns:
-        The model in evaluation mode, the settings, the same as plain containers, and the checkpoint itself.
+        The model in evaluation mode, the settings, the same as plain containers, and the origin.
 
     Raises:
         CheckpointError: unreadable, or its weights do not fit the network of the settings.
-        ConfigError: as :func:`segmodels.config.load_config`.
+        ConfigError: as :func:`segmodels.config.load_config`; neither checkpoint nor recipe, both, or a recipe without weights.
     """
-    state = load_checkpoint(path)
-    # The weights come from the checkpoint: the file they once started from need not exist here.
-    config, raw = load_config(state["config"], ["model.weights_backbone=null", "model.weights=null", *overrides])
-    model = build_model(config, len(state["classes"]))
-    _load_weights(model, state, path, config.model.name)
+    if (checkpoint is None) == (recipe is None):
+        raise ConfigError("expected either --checkpoint FILE or --config RECIPE whose model.weights is a file")
+    if checkpoint is not None:
+        state = load_checkpoint(checkpoint)
+        # The weights come from the checkpoint: the file they once started from need not exist here.
+        config, raw = load_config(state["config"], ["model.weights_backbone=null", "model.weights=null", *overrides])
+        origin = Origin(checkpoint, state["classes"], state["colors"], state["iteration"])
+        model = build_model(config, len(state["classes"]))
+        _load_weights(model, state, checkpoint, config.model.name)
+    else:
+        config, raw = load_config(recipe, overrides)
+        if config.model.weights is None:
+            raise ConfigError(f"model.weights of {recipe} is null: expected a file, or --checkpoint FILE")
+        write_out_published_options(config, raw)
+        classes, colors = class_names(config.data.name)
+        origin = Origin(config.model.weights, classes, colors.tolist(), None)
+        model = build_model(config, len(classes))
     if config.eval.output_stride is not None:
         model.set_output_stride(config.eval.output_stride)  # type: ignore[operator]
     if config.train.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model.eval(), config, raw, state
+    return model.eval(), config, raw, origin

@@ -89,6 +89,17 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return state
 
 
+def is_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Whether the file was written by :func:`save_checkpoint`. Raises CheckpointError where there is none."""
+    try:
+        load_checkpoint(path)
+    except CheckpointError:
+        if not Path(path).is_file():
+            raise
+        return False
+    return True
+
+
 def rng_state() -> dict[str, Any]:
     """The states of all global generators, as tensors and plain values."""
     version, numbers, gauss = random.getstate()

@@ -39,7 +39,8 @@ def build_parser(command: str, description: str) -> argparse.ArgumentParser:
 
 def add_inference_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of evaluate and predict."""
-    parser.add_argument("--checkpoint", metavar="FILE", required=True, help="best.pt or last.pt of segmodels.train")
+    parser.add_argument("--checkpoint", metavar="FILE", help="best.pt or last.pt of segmodels.train")
+    parser.add_argument("--config", metavar="FILE", help="instead: a recipe whose model.weights is a published network")
     parser.add_argument("--scales", type=float, nargs="+", metavar="S", help="eval.scales")
     parser.add_argument("--flip", action="store_true", help="eval.flip=true")
     parser.add_argument("--refine", metavar="NAME", help="eval.refine: none, crf")

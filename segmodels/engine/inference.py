@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,8 @@ Refinement = Callable[[Tensor, Tensor], Tensor]
 
 
 class Predictor:
-    """Whole-image inference. The network takes any size, so images are not padded: added borders would be one more thing
-    that it never saw in training.
+    """Whole-image inference. The network takes any size, so without ``canvas`` images are not padded: added borders would be
+    one more thing that it never saw in training.
 
     Args:
         model: with the output contract of :func:`segmodels.create_model`; put into evaluation mode by each call and
@@ -31,6 +32,8 @@ class Predictor:
         flip: average with the mirrored image as well.
         refine: from the probabilities ``[N, C, H, W]`` and the images uint8 ``[N, 3, H, W]`` RGB to better ones, as
             :mod:`segmodels.refine` offers; None: they are taken as they are.
+        canvas: height and width onto which every image is placed, top left, before zeros (after normalisation: the mean);
+            larger images are reduced to fit. This is how the authors of DeepLab evaluate networks trained on padded crops.
         device, amp, channels_last: where and how to compute.
     """
 
@@ -43,6 +46,7 @@ class Predictor:
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
         refine: Refinement | None = None,
+        canvas: Sequence[int] | None = None,
         device: str | torch.device = "cpu",
         amp: bool = False,
         channels_last: bool = True,
@@ -51,6 +55,9 @@ class Predictor:
             raise ValueError(f"scales={list(scales)}: expected one or more positive factors")
         self.model, self.mean, self.std = model, tuple(mean), tuple(std)
         self.scales, self.flip, self.refine = tuple(scales), flip, refine
+        self.canvas = None if canvas is None else (canvas[0], canvas[1])
+        # Of the network's own upsampling; scaled inputs lie on the same grid.
+        self.align_corners = bool(getattr(model, "align_corners", False))
         self.device, self.amp = torch.device(device), amp
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
 
@@ -62,13 +69,44 @@ class Predictor:
         """
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
             raise ValueError(f"image of shape {list(image.shape)} and type {image.dtype}: expected uint8 [H, W, 3]")
-        tensor, _ = to_tensor(image, np.zeros(image.shape[:2], np.uint8), self.mean, self.std)
-        if self.refine is None:
-            classes = self.classes(tensor[None])
+        size = image.shape[:2]
+        images, (height, width) = self._placed(image)
+        if self.refine is None and (height, width) == size:
+            classes = self.classes(images)[:, :height, :width]
         else:
-            colours = torch.from_numpy(image).permute(2, 0, 1)[None].to(self.device)
-            classes = self.refine(self.probabilities(tensor[None]), colours).argmax(1)
+            probabilities = self.probabilities(images)[..., :height, :width]
+            probabilities = F.interpolate(probabilities, size=list(size), mode="bilinear", align_corners=False)
+            if self.refine is not None:
+                colours = torch.from_numpy(image).permute(2, 0, 1)[None].to(self.device)
+                probabilities = self.refine(probabilities.contiguous(), colours)
+            classes = probabilities.argmax(1)
         return classes[0].to(torch.uint8).cpu().numpy()
+
+    @torch.inference_mode()
+    def attention(self, image: np.ndarray) -> np.ndarray:
+        """How much each scale counts in :class:`segmodels.models.AttentionToScale`: float32 ``[scales, H, W]``.
+
+        Raises:
+            ValueError: a model without attention.
+        """
+        if not hasattr(self.model, "attention"):
+            raise ValueError(f"{type(self.model).__name__} has no attention maps: expected attentiontoscale_*")
+        images, (height, width) = self._placed(image)
+        with _evaluating(self.model), torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            maps = self.model.attention(images.to(self.device).contiguous(memory_format=self.layout))  # type: ignore[operator]
+        maps = F.interpolate(maps[..., :height, :width].float(), size=list(image.shape[:2]), mode="bilinear", align_corners=False)
+        return maps[0].cpu().numpy()
+
+    def _placed(self, image: np.ndarray) -> tuple[Tensor, tuple[int, int]]:
+        """The normalised image ``[1, 3, H, W]``, on the canvas where there is one, and the height and width it covers."""
+        height, width = image.shape[:2]
+        rows, columns = self.canvas or (height, width)
+        factor = min(1, rows / height, columns / width)
+        if factor < 1:
+            height, width = max(1, round(height * factor)), max(1, round(width * factor))
+            image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+        tensor, _ = to_tensor(image, np.zeros((height, width), np.uint8), self.mean, self.std)
+        return F.pad(tensor, (0, columns - width, 0, rows - height))[None], (height, width)
 
     @torch.inference_mode()
     def classes(self, images: Tensor) -> Tensor:
@@ -77,7 +115,7 @@ class Predictor:
         with _evaluating(self.model):
             if self.scales == (1.0,) and not self.flip:
                 # softmax would not change the order
-                return atrous_kernels.upsample_argmax(self._logits(images), size)
+                return atrous_kernels.upsample_argmax(self._logits(images), size, align_corners=self.align_corners)
             return self._probabilities(images, size).argmax(1)
 
     @torch.inference_mode()
@@ -91,12 +129,12 @@ class Predictor:
         for scale in self.scales:
             resized = images
             if scale != 1:
-                resized = F.interpolate(
-                    images, size=[max(1, round(side * scale)) for side in size], mode="bilinear", align_corners=False
-                )
+                corner = 1 if self.align_corners else 0  # 513 becomes 257, not 256: still a multiple of the stride plus one
+                sides = [max(1, round((side - corner) * scale) + corner) for side in size]
+                resized = F.interpolate(images, size=sides, mode="bilinear", align_corners=self.align_corners)
             for mirrored in (False, True) if self.flip else (False,):
                 logits = self._logits(resized.flip(-1) if mirrored else resized).float()
-                logits = F.interpolate(logits, size=list(size), mode="bilinear", align_corners=False)
+                logits = F.interpolate(logits, size=list(size), mode="bilinear", align_corners=self.align_corners)
                 part = (logits.flip(-1) if mirrored else logits).softmax(1)
                 total = part if total is None else total + part
         assert total is not None

@@ -78,7 +78,13 @@ class Trainer:
         self.ema = ModelEma(model, settings.ema_decay) if settings.ema_decay else None
         self.optimizer = build_optimizer(model, settings)
         self.schedule = PolySchedule(settings.iterations, settings.power, settings.warmup_iterations, settings.warmup_start)
-        self.loss = SegmentationLoss(self._class_weights(), settings.label_smoothing, settings.aux_weight).to(device)
+        self.loss = SegmentationLoss(
+            self._class_weights(),
+            settings.label_smoothing,
+            settings.aux_weight,
+            align_corners=bool(getattr(model, "align_corners", False)),
+            labels_at=settings.labels_at,
+        ).to(device)
         self.loader: ResumableLoader = build_loader(
             train_set,
             build_transforms(config),

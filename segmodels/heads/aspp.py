@@ -21,20 +21,21 @@ REFERENCE_STRIDE = 16
 
 
 def conv_bn_relu(
-    in_channels: int, out_channels: int, kernel: int = 1, rate: int = 1, *, separable: bool = False
+    in_channels: int, out_channels: int, kernel: int = 1, rate: int = 1, *, separable: bool | str = False
 ) -> nn.Sequential:
     """Centred convolution without bias, BatchNorm, ReLU; keys ``0.weight``, ``1.*``.
 
-    ``separable``: a depthwise convolution (with its own BatchNorm and ReLU, as the paper's code has) and a 1x1 convolution.
+    ``separable``: a depthwise convolution (with its own BatchNorm and ReLU, as the authors' code has) and a 1x1 convolution;
+    ``"bare"``: without those two.
     """
     padding = rate * (kernel - 1) // 2
     layers: list[nn.Module] = []
     if separable:
         layers += [
-            Conv2d(in_channels, in_channels, kernel, padding=padding, dilation=rate, groups=in_channels, bias=False),
-            nn.BatchNorm2d(in_channels),
-            nn.ReLU(inplace=True),
+            Conv2d(in_channels, in_channels, kernel, padding=padding, dilation=rate, groups=in_channels, bias=False)
         ]
+        if separable != "bare":
+            layers += [nn.BatchNorm2d(in_channels), nn.ReLU(inplace=True)]
         kernel, padding, rate = 1, 0, 1
     layers += [
         Conv2d(in_channels, out_channels, kernel, padding=padding, dilation=rate, bias=False),
@@ -44,6 +45,11 @@ def conv_bn_relu(
     return ConvBN(*layers)
 
 
+def check_separable(separable: bool | str) -> None:
+    if separable not in (True, False, "bare"):
+        raise ValueError(f"separable={separable!r}: expected True, False or 'bare'")
+
+
 class ASPP(kernels.ASPP):
     """Parallel 1x1 and 3x3 convolutions at several rates and image pooling, concatenated and projected.
 
@@ -51,7 +57,8 @@ class ASPP(kernels.ASPP):
 
     Args:
         rates: of the 3x3 convolutions at output stride 16; ``()`` leaves the 1x1 convolution (and image pooling).
-        separable: atrous separable convolutions (DeepLabv3+, section 3.1).
+        separable: atrous separable convolutions (DeepLabv3+, section 3.1); ``"bare"``: without BatchNorm and ReLU between the
+            two, as segmentation_models.pytorch.
         image_pooling: with the image-level branch.
         dropout: after the projection (torchvision 0.5, the paper's code 0.1).
 
@@ -65,15 +72,16 @@ class ASPP(kernels.ASPP):
         out_channels: int = 256,
         rates: Sequence[int] = (6, 12, 18),
         *,
-        separable: bool = False,
+        separable: bool | str = False,
         image_pooling: bool = True,
         dropout: float = 0.5,
     ) -> None:
+        check_separable(separable)
         self.separable = separable
         super().__init__(in_channels, out_channels, rates, image_pooling, dropout=dropout)
 
     def _layer(self, in_channels: int, out_channels: int, kernel: int, rate: int) -> nn.Sequential:
-        return conv_bn_relu(in_channels, out_channels, kernel, rate, separable=self.separable and kernel > 1)
+        return conv_bn_relu(in_channels, out_channels, kernel, rate, separable=kernel > 1 and self.separable)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.separable:
@@ -86,6 +94,16 @@ class ASPP(kernels.ASPP):
             set_geometry(
                 cast(Conv2d, cast(nn.Sequential, branch)[0]), 1, max(1, rate * REFERENCE_STRIDE // output_stride)
             )
+
+
+class PlainHead(nn.Sequential):
+    """A 1x1 convolution to the classes, key ``0``: the head of DeepLabv3's cascade (section 3.2)."""
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__(Conv2d(in_channels, num_classes, 1))
+
+    def set_output_stride(self, output_stride: int) -> None:
+        """Nothing depends on it."""
 
 
 class DeepLabHead(nn.Sequential):
@@ -102,7 +120,7 @@ class DeepLabHead(nn.Sequential):
         rates: Sequence[int] = (6, 12, 18),
         *,
         channels: int = 256,
-        separable: bool = False,
+        separable: bool | str = False,
         image_pooling: bool = True,
         dropout: float = 0.5,
         head_conv: bool = True,

@@ -1,4 +1,4 @@
-"""The small head of an auxiliary loss; keys of torchvision's ``FCNHead``."""
+"""The small head of an auxiliary loss, and of a plain FCN; keys of torchvision's ``FCNHead``."""
 
 from __future__ import annotations
 
@@ -14,3 +14,6 @@ class FCNHead(nn.Sequential):
     def __init__(self, in_channels: int, num_classes: int) -> None:
         hidden = max(1, in_channels // 4)
         super().__init__(*conv_bn_relu(in_channels, hidden, 3), nn.Dropout(0.1), Conv2d(hidden, num_classes, 1))
+
+    def set_output_stride(self, output_stride: int) -> None:
+        """Nothing depends on it."""

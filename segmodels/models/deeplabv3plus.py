@@ -31,24 +31,36 @@ class DeepLabPlusHead(nn.Module):
         *,
         channels: int,
         low_projection: int,
-        separable: bool,
+        separable: bool | str,
         image_pooling: bool,
         dropout: float,
+        aspp_refine: bool,
+        refine: int,
+        align_corners: bool,
     ) -> None:
         super().__init__()
+        if not isinstance(refine, int) or refine < 1:
+            raise ValueError(f"refine={refine!r}: expected a positive number of convolutions")
+        self.align_corners = align_corners
         self.aspp = ASPP(
             out_channels, channels, rates, separable=separable, image_pooling=image_pooling, dropout=dropout
         )
+        self.aspp_refine = conv_bn_relu(channels, channels, 3, separable=separable) if aspp_refine else None
         self.project_low = conv_bn_relu(low_channels, low_projection)
         self.refine = nn.Sequential(
-            conv_bn_relu(channels + low_projection, channels, 3, separable=separable),
-            conv_bn_relu(channels, channels, 3, separable=separable),
+            *(
+                conv_bn_relu(channels + (low_projection if index == 0 else 0), channels, 3, separable=separable)
+                for index in range(refine)
+            )
         )
         self.predict = Conv2d(channels, num_classes, 1)
 
     def forward(self, low: Tensor, out: Tensor) -> Tensor:
         low = self.project_low(low)
-        context = upsample(self.aspp(out), low.shape[-2:])
+        context = self.aspp(out)
+        if self.aspp_refine is not None:
+            context = self.aspp_refine(context)
+        context = upsample(context, low.shape[-2:], self.align_corners)
         return self.predict(self.refine(torch.cat([context, low], dim=1)))
 
     def set_output_stride(self, output_stride: int) -> None:
@@ -67,6 +79,9 @@ class DeepLabV3Plus(SegmentationModel):
         separable: atrous separable convolutions in ASPP and decoder (section 3.1).
         head_channels: width of ASPP and decoder.
         low_channels: width to which the stride-4 features are narrowed (table 1).
+        refine: number of 3x3 convolutions in the decoder (table 2).
+        aspp_refine: with another one behind ASPP, as segmentation_models.pytorch.
+        align_corners: of all upsampling; the authors' code has True.
     """
 
     def __init__(
@@ -76,11 +91,14 @@ class DeepLabV3Plus(SegmentationModel):
         *,
         aux_loss: bool = False,
         rates: tuple[int, ...] = (6, 12, 18),
-        separable: bool = True,
+        separable: bool | str = True,
         image_pooling: bool = True,
         dropout: float = 0.1,
         head_channels: int = 256,
         low_channels: int = 48,
+        refine: int = 2,
+        aspp_refine: bool = False,
+        align_corners: bool = False,
     ) -> None:
         classifier = DeepLabPlusHead(
             backbone.channels["low"],
@@ -92,8 +110,12 @@ class DeepLabV3Plus(SegmentationModel):
             separable=separable,
             image_pooling=image_pooling,
             dropout=dropout,
+            aspp_refine=aspp_refine,
+            refine=refine,
+            align_corners=align_corners,
         )
-        super().__init__(backbone, classifier, FCNHead(backbone.channels["aux"], num_classes) if aux_loss else None)
+        aux = FCNHead(backbone.channels["aux"], num_classes) if aux_loss else None
+        super().__init__(backbone, classifier, aux, align_corners=align_corners)
 
     def _classify(self, features: dict[str, Tensor]) -> Tensor:
         return self.classifier(features["low"], features["out"])

@@ -247,6 +247,36 @@ def test_predictor_takes_the_classes_of_the_upsampled_logits() -> None:
     assert float(short.max()) < 1e-5  # another class only where float32 cannot tell the two apart
 
 
+@pytest.mark.parametrize("size", [(9, 12), (12, 16), (18, 24), (40, 10)])
+def test_predictor_places_images_on_a_canvas(size: tuple[int, int]) -> None:
+    """Top left, zeros behind; larger images are reduced, and their classes have their own size."""
+    model = Pointwise(classes=7).eval()
+    seen = []
+    logits, model.logits = model.logits, lambda x: seen.append(x) or logits(x)
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    predictor = Predictor(model, mean=(0.5,) * 3, std=(0.5,) * 3, canvas=(12, 16))
+    prediction = predictor(image)
+    assert prediction.shape == size
+    factor = min(1, 12 / size[0], 16 / size[1])
+    height, width = round(size[0] * factor), round(size[1] * factor)
+    (placed,) = seen
+    assert placed.shape == (1, 3, 12, 16)
+    assert not placed[:, :, height:].any()
+    assert not placed[..., width:].any()
+    if factor == 1:
+        expected = torch.from_numpy(image).permute(2, 0, 1) / 127.5 - 1
+        torch.testing.assert_close(placed[0, :, :height, :width], expected, rtol=0, atol=1e-6)  # one float32 rounding
+
+
+def test_scales_of_a_model_with_aligned_corners_lie_on_its_grid() -> None:
+    model = Pointwise().eval()
+    model.align_corners = True
+    seen = []
+    logits, model.logits = model.logits, lambda x: seen.append(x.shape[-1]) or logits(x)
+    Predictor(model, scales=(0.5, 0.75, 1.0, 1.75)).probabilities(torch.zeros(1, 3, 65, 65))
+    assert seen == [33, 49, 65, 113]
+
+
 def test_predictor_takes_and_refuses_images() -> None:
     predictor = Predictor(Pointwise())
     prediction = predictor(np.zeros((5, 7, 3), np.uint8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import pytest
 import torch
 from tiny import SETTINGS, write_camvid
 
-from segmodels import evaluate, predict, train
+from segmodels import create_model, evaluate, predict, train
 from segmodels.config import ConfigError
 from segmodels.data import DataError
 from segmodels.engine.checkpoints import CheckpointError, load_checkpoint
@@ -171,6 +172,24 @@ def test_evaluate_repeats_the_validation(trained, camvid, tmp_path, capsys) -> N
     assert (many["split"], many["images"], many["config"]["eval"]["flip"]) == ("train", 5, True)
 
 
+def test_evaluate_published_weights(camvid, tmp_path) -> None:
+    """Without a checkpoint: the recipe names the file, and the file's reader the options of its authors' code."""
+    weights, recipe, output = tmp_path / "fcn.pth", tmp_path / "published.yaml", tmp_path / "scores.json"
+    torch.save(create_model("fcn_resnet18", 11, width_mult=0.125).state_dict(), weights)  # torchvision's names
+    recipe.write_text(
+        f"data: {{name: camvid, root: {camvid}}}\neval: {{sheet: 0}}\nrun: {{threads: 1}}\n"
+        f"model: {{name: fcn_resnet18, output_stride: 8, weights: {weights}, options: {{width_mult: 0.125}}}}\n"
+    )
+    assert evaluate.main(["--config", str(recipe), "--output", str(output)]) == 0
+    found = json.loads(output.read_text())
+    assert (found["images"], found["trained_iterations"]) == (2, None)
+    assert found["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    options = found["config"]["model"]["options"]
+    assert options == {"first_block": "previous", "width_mult": 0.125}
+    with pytest.raises(ConfigError, match="expected either --checkpoint FILE or --config RECIPE"):
+        evaluate.main(["--config", str(recipe), "--checkpoint", str(weights)])
+
+
 def test_a_second_stage_starts_from_the_first_ones_weights(trained, camvid, tmp_path) -> None:
     first = load_checkpoint(trained / "last.pt")
     # A rate near zero: after one step the weights still are those of the first stage. fp32, values around 1.
@@ -249,6 +268,8 @@ def test_mistakes_give_one_line_and_exit_code_1(camvid, tmp_path, capsys) -> Non
         (train, arguments(camvid, tmp_path / "e", "--device", "cuda:99"), "run.device='cuda:99'"),
         (train, arguments(camvid, tmp_path / "f", "--backend", "fast"), "unknown backend 'fast'"),
         (evaluate, ["--checkpoint", str(tmp_path / "none.pt")], "does not exist"),
+        (evaluate, [], "expected either --checkpoint FILE or --config RECIPE"),
+        (evaluate, ["--config", "deeplabv3_resnet18-quarter_os16_synthetic_256x256_b16"], "is null: expected a file"),
     ):
         assert run_command(command.main, given) == 1
         said = capsys.readouterr().err

@@ -12,30 +12,38 @@ from segmodels.backbones.base import SamePaddedConv2d, set_geometry
 from segmodels.backbones.efficientnet_lite import imagenet_file
 from segmodels.backbones.weights import load_backbone, read_state_dict
 
-LIGHT = ("resnet18", "resnet50", "mobilenetv2", "efficientnet_lite0", "efficientnet_lite1")
+LIGHT = ("resnet18", "resnet50", "mobilenetv2", "efficientnet_lite0", "efficientnet_lite1", "xception65")
+SMALL = {"xception65": {"width_mult": 0.25, "middle_repeats": 2}}
 
 
 def build(name: str, **options):
     torch.manual_seed(0)
-    backbone = BACKBONES[name](**options)
+    backbone = BACKBONES[name](**{**SMALL.get(name, {}), **options})
     randomise_batch_norm(backbone)
     return backbone.eval()
 
 
-@pytest.mark.parametrize("name", LIGHT)
-def test_features_at_coinciding_positions_do_not_depend_on_the_output_stride(name):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in LIGHT),
+        ("resnet50", {"stride_placement": "1x1", "stem": "deep", "width_mult": 0.25}),
+        ("resnet50", {"stride_placement": "last", "multi_grid": (1, 2, 1), "cascade": 1, "width_mult": 0.25}),
+    ],
+)
+def test_features_at_coinciding_positions_do_not_depend_on_the_output_stride(name, options):
     """Same weights; 129 = 32 * 4 + 1 pixels, so that the coarse grid and its zeros are a subset of the fine ones."""
-    backbone = build(name)
+    backbone = build(name, **options)
     x = torch.randn(1, 3, 129, 129)
     features = {}
     with torch.no_grad():
-        for output_stride in (32, 16, 8):
+        for output_stride in (32, 16, 8, 4):
             backbone.set_output_stride(output_stride)
             features[output_stride] = backbone(x)
             assert features[output_stride]["out"].shape[2:] == (128 // output_stride + 1,) * 2
             assert features[output_stride]["low"].shape[2:] == (33, 33)
     coarse = features[32]["out"]
-    for output_stride in (16, 8):
+    for output_stride in (16, 8, 4):
         step = 32 // output_stride
         # The same products summed in another order: float32 rounding, relative to the largest feature.
         torch.testing.assert_close(
@@ -46,7 +54,8 @@ def test_features_at_coinciding_positions_do_not_depend_on_the_output_stride(nam
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_channels_tell_the_truth(name):
-    backbone = build(name, output_stride=16)
+    # 269 layers at their full width are 400 MB; the widths all follow one rule
+    backbone = build(name, output_stride=16, **({"width_mult": 0.125} if name == "resnet269" else {}))
     with torch.no_grad():
         features = backbone(torch.randn(1, 3, 33, 47))
     assert {k: v.shape[1] for k, v in features.items()} == backbone.channels
@@ -89,10 +98,10 @@ def test_basic_blocks_dilate_the_convolution_behind_the_removed_stride():
     assert all(conv.stride == (1, 1) for conv in resnet.layer4.modules() if isinstance(conv, torch.nn.Conv2d))
 
 
-@pytest.mark.parametrize("output_stride", [0, 4, 12, 64, "16", None])
+@pytest.mark.parametrize("output_stride", [0, 2, 12, 64, "16", None])
 def test_unknown_output_stride(output_stride):
     backbone = build("mobilenetv2")
-    with pytest.raises(ValueError, match=r"output_stride=.*expected one of 8, 16, 32"):
+    with pytest.raises(ValueError, match=r"output_stride=.*expected one of 4, 8, 16, 32"):
         backbone.set_output_stride(output_stride)
     assert backbone.output_stride == 32
 
@@ -103,6 +112,16 @@ def test_unknown_output_stride(output_stride):
         ("resnet50", {"multi_grid": (1, 2)}, r"multi_grid=\(1, 2\): expected 3 factors"),
         ("resnet50", {"multi_grid": (1, 0, 2)}, "expected positive integers"),
         ("resnet50", {"first_block": "half"}, "first_block='half': expected 'previous' or 'full'"),
+        ("resnet50", {"stem": "wide"}, "stem='wide': expected 'conv7' or 'deep'"),
+        ("resnet50", {"stride_placement": "5x5"}, "expected '3x3' or '1x1' or 'last'"),
+        ("resnet18", {"stride_placement": "1x1"}, "stride_placement='1x1': expected '3x3'"),
+        ("resnet50", {"cascade": 4}, "cascade=4: expected 0 to 3"),
+        ("resnet50", {"stages": 1}, "stages=1: expected 2 to 4"),
+        ("resnet50", {"stages": 3, "cascade": 1}, "stages=3: expected 2 to 4, and 4 with a cascade"),
+        ("xception65", {"multi_grid": (1, 2)}, r"multi_grid=\(1, 2\): expected 3 positive integers"),
+        ("xception65", {"width_mult": -1}, "width_mult=-1: expected a positive number"),
+        ("xception65", {"middle_repeats": 0}, "middle_repeats=0: expected a positive integer"),
+        ("mobilenetv2", {"width_divisor": 0}, "width_divisor=0: expected a positive integer"),
         ("mobilenetv2", {"width_mult": 0}, "width_mult=0: expected a positive number"),
         ("mobilenetv2", {"padding": "valid"}, "padding='valid': expected 'centred' or 'same'"),
     ],

@@ -11,12 +11,13 @@ from safetensors.torch import save_file
 from segmodels import create_model, list_models
 from segmodels.backbones import BACKBONES
 from segmodels.backbones.weights import load_backbone, read_state_dict
-from segmodels.models import SYSTEMS, PSPNet
+from segmodels.models import SYSTEMS
 
 
 def test_list_models():
     assert "deeplabv3_resnet50" in list_models()
-    assert list_models("deeplabv3plus_resnet*") == [f"deeplabv3plus_resnet{depth}" for depth in (101, 152, 18, 34, 50)]
+    depths = (101, 152, 18, 269, 34, 50)
+    assert list_models("deeplabv3plus_resnet*") == [f"deeplabv3plus_resnet{depth}" for depth in depths]
     assert list_models("nothing*") == []
 
 
@@ -25,7 +26,7 @@ def test_every_name_builds(name):
     with torch.device("meta"):
         model = create_model(name, num_classes=4)
     assert type(model) is SYSTEMS[name.partition("_")[0]]
-    assert model.output_stride == (8 if isinstance(model, PSPNet) else 16)
+    assert model.output_stride == type(model).default_output_stride
 
 
 def test_both_spellings_build_the_same():
@@ -53,7 +54,13 @@ def test_both_spellings_build_the_same():
         (["deeplabv3_mobilenetv2"], {"multi_grid": (1, 2, 4)}, TypeError, "no argument 'multi_grid'"),
         (["deeplabv3_resnet18", 0], {}, ValueError, "num_classes=0: expected a positive integer"),
         (["deeplabv3_resnet18", 2.5], {}, ValueError, "num_classes=2.5: expected a positive integer"),
-        (["deeplabv3_resnet18", 21, 12], {}, ValueError, "output_stride=12: expected one of 8, 16, 32"),
+        (["deeplabv3_resnet18", 21, 12], {}, ValueError, "output_stride=12: expected one of 4, 8, 16, 32"),
+        (["deeplabv3_resnet18"], {"input_std": (1, 1)}, ValueError, r"input_std=\[1, 1\]: expected three positive numbers"),
+        (["deeplabv3_resnet18"], {"separable": "yes"}, ValueError, "separable='yes': expected True, False or 'bare'"),
+        (["deeplabv3plus_resnet18"], {"refine": 0}, ValueError, "refine=0: expected a positive number of convolutions"),
+        (["pspnet_resnet18"], {"bins": ()}, ValueError, r"bins=\(\): expected one or more positive integers"),
+        (["pspnet_resnet18"], {"mode": "sum"}, ValueError, "mode='sum': expected 'avg' or 'max'"),
+        (["pspnet_resnet18"], {"kernel": 5}, ValueError, "kernel=5: expected 1 or 3"),
         (["deeplabv3_resnet18"], {"aux_loss": 0.4}, ValueError, "aux_loss=0.4: expected True or False"),
         (["deeplabv3_resnet18"], {"multi_grid": (1, 2, 4)}, ValueError, "expected 2 factors"),
         (["deeplabv3_resnet18"], {"weights_backbone": "imagenet"}, ValueError, "exists for efficientnet_lite0 only"),
@@ -93,7 +100,7 @@ def test_file_with_code_is_refused_and_not_run(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("weights.bin", b"", r"expected .safetensors, .pth or .pt, not '.bin'"),
+        ("weights.bin", b"", r"expected .safetensors, .pth, .pt or .caffemodel, not '.bin'"),
         ("weights", b"", "a name without suffix"),
         ("empty.pth", b"", "cannot be read as plain tensors"),
         ("noise.pth", b"\x00noise" * 50, "cannot be read as plain tensors"),
@@ -117,11 +124,20 @@ def test_truncated_files(tmp_path, suffix, cut):
         read_state_dict(path)
 
 
-@pytest.mark.parametrize("content", [{"model": {"conv1.weight": torch.zeros(1)}}, [torch.zeros(1)], torch.zeros(1)])
+@pytest.mark.parametrize("content", [{"net": {"conv1.weight": torch.zeros(1)}}, {}, [torch.zeros(1)], torch.zeros(1)])
 def test_not_a_state_dict(tmp_path, content):
     torch.save(content, tmp_path / "file.pth")
     with pytest.raises(ValueError, match="expected a flat dictionary of named tensors"):
         read_state_dict(tmp_path / "file.pth")
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model", "model_state"])
+def test_checkpoints_of_training_scripts(tmp_path, key):
+    """The weights beside other entries, with the names that DataParallel gives."""
+    torch.save({"epoch": 7, key: {"module.conv1.weight": torch.ones(2)}, "optimizer": {"lr": 0.1}}, tmp_path / "run.pth")
+    state = read_state_dict(tmp_path / "run.pth")
+    assert list(state) == ["conv1.weight"]
+    assert state["conv1.weight"].equal(torch.ones(2))
 
 
 def test_tensors_that_do_not_fit_are_named_and_nothing_is_copied():

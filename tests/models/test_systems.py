@@ -10,17 +10,21 @@ from torch.export import Dim
 
 from segmodels import create_model
 
-SYSTEMS = ("deeplabv3", "deeplabv3plus", "pspnet")
+SYSTEMS = ("deeplabv3", "deeplabv3plus", "fcn", "pspnet")
 TINY = {
-    "mobilenetv2": {"width_mult": 0.25, "head_channels": 8},
-    "efficientnet_lite0": {"head_channels": 8},
-    "resnet18": {"head_channels": 8},
+    "mobilenetv2": {"width_mult": 0.25},
+    "efficientnet_lite0": {},
+    "resnet18": {"width_mult": 0.25},
+    "resnet50": {"width_mult": 0.125},
+    "xception65": {"width_mult": 0.125, "middle_repeats": 1},
 }
+PUBLISHED_BACKBONES = ("mobilenetv2", "efficientnet_lite0", "resnet18")
 
 
 def tiny(system: str, backbone: str = "mobilenetv2", **options):
     torch.manual_seed(0)
-    return create_model(system, backbone=backbone, num_classes=5, **{**TINY[backbone], **options})
+    head = {} if system == "fcn" else {"head_channels": 8}
+    return create_model(system, backbone=backbone, num_classes=5, **{**TINY[backbone], **head, **options})
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -38,14 +42,14 @@ def test_any_size_in_eval(system, size):
             assert torch.isfinite(out["out"]).all()
 
 
-@pytest.mark.parametrize(("system", "stride"), [("deeplabv3", 16), ("deeplabv3plus", 4), ("pspnet", 8)])
+@pytest.mark.parametrize(("system", "stride"), [("deeplabv3", 16), ("deeplabv3plus", 4), ("fcn", 8), ("pspnet", 8)])
 def test_forward_is_logits_upsampled(system, stride):
     model = tiny(system).eval()
     x = torch.randn(2, 3, 65, 97)
     with torch.no_grad():
         logits = model.logits(x)["out"]
         assert logits.shape == (2, 5, 64 // stride + 1, 96 // stride + 1)
-        expected = F.interpolate(logits, size=(65, 97), mode="bilinear", align_corners=False)
+        expected = F.interpolate(logits, size=(65, 97), mode="bilinear", align_corners=system == "pspnet")
         assert model(x)["out"].equal(expected)
 
 
@@ -59,8 +63,8 @@ def test_output_stride_of_a_built_model_is_that_of_a_new_one(system):
         changed.set_output_stride(8)
         assert changed(x)["out"].equal(built(x)["out"])
         assert not coarse.equal(built(x)["out"])
-    with pytest.raises(ValueError, match="output_stride=4: expected one of 8, 16, 32"):
-        changed.set_output_stride(4)
+    with pytest.raises(ValueError, match="output_stride=12: expected one of 4, 8, 16, 32"):
+        changed.set_output_stride(12)
     with torch.no_grad():
         assert changed(x)["out"].equal(built(x)["out"])
 
@@ -105,12 +109,42 @@ def test_one_image_in_training_says_what_to_do():
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
+def test_one_value_per_channel_in_training_says_what_to_do(system):
+    model = tiny(system)
+    with pytest.raises(ValueError, match=r"one image of 5 x 3 pixels: at output stride \d+ its map has one value"):
+        model(torch.randn(1, 3, 5, 3))
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    assert model(torch.randn(1, 3, 5, 3))["out"].shape == (1, 5, 5, 3)
+
+
+def test_logits_at_coinciding_positions_do_not_depend_on_the_output_stride():
+    """ASPP's rates follow the stride; 97 = 32 * 3 + 1 pixels. Image pooling averages another map, so it is left out."""
+    model = tiny("deeplabv3", "resnet18", image_pooling=False, rates=(2, 4), head_conv=False).eval()
+    x = torch.randn(1, 3, 97, 97)
+    found = {}
+    with torch.no_grad():
+        for output_stride in (32, 16, 8):
+            model.set_output_stride(output_stride)
+            found[output_stride] = model.logits(x)["out"]
+    for output_stride in (16, 8):
+        step = 32 // output_stride
+        # The same products summed in another order: float32 rounding, relative to the largest value.
+        torch.testing.assert_close(
+            found[output_stride][..., ::step, ::step], found[32], rtol=0, atol=1e-5 * float(found[32].abs().max())
+        )
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("backbone", TINY)
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 def test_training_step(system, backbone, autocast):
     """Every parameter gets a finite gradient, and steps along it reduce the loss of the batch."""
-    model = tiny(system, backbone, aux_loss=True, dropout=0.0)
-    model.aux_classifier[3].p = 0.0  # no dropout: the loss must be the same function at every step
+    model = tiny(system, backbone, aux_loss=True)
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Dropout, torch.nn.Dropout2d)):
+            module.p = 0.0  # the loss must be the same function at every step
     optimiser = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     x, target = torch.randn(2, 3, 48, 48), torch.randint(0, 5, (2, 48, 48))
     target[:, :4] = 255
@@ -128,11 +162,20 @@ def test_training_step(system, backbone, autocast):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
-@pytest.mark.parametrize("backbone", TINY)
-def test_compile_without_graph_breaks(system, backbone):
+LAST = {"stride_placement": "last", "cascade": 1, "multi_grid": (1, 2, 1), "aspp": False}
+COMPILED = [
+    *((system, backbone, {}) for system in ("deeplabv3", "deeplabv3plus", "pspnet") for backbone in PUBLISHED_BACKBONES),
+    ("fcn", "mobilenetv2", {}),
+    ("pspnet", "resnet50", {"mode": "max", "reduction": False}),
+    ("deeplabv3", "resnet50", LAST),
+    ("deeplabv3plus", "xception65", {}),
+]
+
+
+@pytest.mark.parametrize(("system", "backbone", "options"), COMPILED)
+def test_compile_without_graph_breaks(system, backbone, options):
     torch._dynamo.reset()
-    model = tiny(system, backbone).eval()
+    model = tiny(system, backbone, **options).eval()
     x = torch.randn(1, 3, 48, 64)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
@@ -159,19 +202,22 @@ ANY_SIZE = {**ANY_BATCH, 2: Dim("height", min=33, max=2048), 3: Dim("width", min
 
 
 @pytest.mark.parametrize(
-    ("system", "backbone", "dynamic"),
+    ("system", "backbone", "dynamic", "options"),
     [
-        ("deeplabv3", "resnet18", ANY_BATCH),
-        ("deeplabv3", "mobilenetv2", ANY_BATCH),
-        ("deeplabv3plus", "mobilenetv2", ANY_BATCH),
-        ("deeplabv3plus", "efficientnet_lite0", ANY_BATCH),
-        ("pspnet", "resnet18", ANY_BATCH),
-        ("deeplabv3plus", "resnet18", ANY_SIZE),
-        pytest.param("deeplabv3", "efficientnet_lite0", ANY_SIZE, marks=pytest.mark.slow),
+        ("deeplabv3", "resnet18", ANY_BATCH, {}),
+        ("deeplabv3", "mobilenetv2", ANY_BATCH, {}),
+        ("deeplabv3plus", "mobilenetv2", ANY_BATCH, {}),
+        ("deeplabv3plus", "efficientnet_lite0", ANY_BATCH, {}),
+        ("pspnet", "resnet18", ANY_BATCH, {}),
+        ("fcn", "mobilenetv2", ANY_BATCH, {}),
+        ("deeplabv3", "resnet50", ANY_BATCH, LAST),
+        ("deeplabv3plus", "xception65", ANY_BATCH, {}),
+        ("deeplabv3plus", "resnet18", ANY_SIZE, {}),
+        pytest.param("deeplabv3", "efficientnet_lite0", ANY_SIZE, {}, marks=pytest.mark.slow),
     ],
 )
-def test_export(system, backbone, dynamic):
-    model = tiny(system, backbone).eval()
+def test_export(system, backbone, dynamic, options):
+    model = tiny(system, backbone, **options).eval()
     program = torch.export.export(model, (torch.randn(2, 3, 65, 97),), dynamic_shapes=(dynamic,))
     x = torch.randn(3, 3, *((48, 64) if 2 in dynamic else (65, 97)))
     with torch.no_grad():

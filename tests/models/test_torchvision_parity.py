@@ -55,7 +55,11 @@ def test_backbone_parameter_counts(name, count):
         ("deeplabv3_resnet50", {"head_conv": False}, 39_048_533),  # the paper's head
         ("deeplabv3_resnet101", {"head_conv": False}, 58_040_661),
         ("deeplabv3_resnet50", {}, 39_048_533 + 256 * 256 * 9 + 512),  # torchvision's extra 3x3 convolution
-        ("deeplabv3_resnet50", {"aux_loss": True}, 42_004_074),  # torchvision's published total
+        # torchvision's published totals
+        ("deeplabv3_resnet50", {"aux_loss": True}, 42_004_074),
+        ("deeplabv3_resnet101", {"aux_loss": True}, 60_996_202),
+        ("fcn_resnet50", {"aux_loss": True}, 35_322_218),
+        ("fcn_resnet101", {"aux_loss": True}, 54_314_346),
     ],
 )
 def test_model_parameter_counts(name, options, count):
