@@ -294,7 +294,7 @@ def test_mistakes_of_mean_field_and_of_the_native_ops() -> None:
 def test_explain() -> None:
     features, values = torch.rand(1, 5, 375, 500), torch.rand(1, 21, 375, 500)
     explanation = ak.explain("permutohedral_filter", values, features)
-    assert {choice.name for choice in explanation.choices} == {"cpu", "reference"}
+    assert {choice.name for choice in explanation.choices} == {"cpu", "cuda", "reference"}
     assert "187500 points of 21 channels in 5 dimensions, float32 on cpu" in str(explanation)
     assert "94.5 MFLOP" in str(explanation)
     assert "1125000 corners" in str(ak.explain("permutohedral_lattice", features))
