@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from segmodels import create_model, list_models
 from segmodels.backbones import BACKBONES
 from segmodels.backbones.weights import load_backbone, read_state_dict
-from segmodels.models import SYSTEMS, PSPNet
+from segmodels.models import SYSTEMS, DeepLabDT, PSPNet
 
 
 def test_list_models():
@@ -25,7 +25,7 @@ def test_every_name_builds(name):
     with torch.device("meta"):
         model = create_model(name, num_classes=4)
     assert type(model) is SYSTEMS[name.partition("_")[0]]
-    assert model.output_stride == (8 if isinstance(model, PSPNet) else 16)
+    assert model.output_stride == (8 if isinstance(model, (DeepLabDT, PSPNet)) else 16)
 
 
 def test_both_spellings_build_the_same():
