@@ -104,12 +104,12 @@ def run(launches: Sequence[Launch], device: torch.device) -> None:
                 )
 
 
-_target = 80  # what plans for tensors without memory are for
+_target = 80  # what plans for tensors on no GPU are for
 
 
 @contextmanager
 def compiling_for(capability: int) -> Iterator[None]:
-    """Plans made inside for tensors on the "meta" device are for ``capability`` (90 for sm_90)."""
+    """Plans made inside for tensors on no GPU are for ``capability`` (90 for sm_90)."""
     global _target
     before, _target = _target, capability
     try:
@@ -122,7 +122,7 @@ def copies_blocks(device: torch.device) -> bool:
     """Whether the device copies blocks through tensor descriptors: compute capability 9.0 or newer."""
     if interpreting():
         return True
-    if device.type == "meta":
+    if device.type != "cuda":
         return _target >= 90
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
