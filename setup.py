@@ -1,7 +1,7 @@
 """Builds the compiled half of atrous_kernels with CMake; everything else about the package is in pyproject.toml.
 
-Environment: ``ATROUS_CUDA=AUTO|ON|OFF``, ``ATROUS_CUDA_ARCHS`` (default ``80;90a``), ``ATROUS_SANITIZE``
-(``address,undefined``), ``ATROUS_OUTPUT`` (the folder that receives the results instead of the package),
+Environment: ``ATROUS_CUDA=AUTO|ON|OFF``, ``ATROUS_CUDA_ARCHS`` (default: those of ``80;90a;100;120`` that nvcc knows),
+``ATROUS_SANITIZE`` (``address,undefined``), ``ATROUS_OUTPUT`` (the folder that receives the results instead of the package),
 ``ATROUS_BUILD_TYPE`` (default ``Release``), ``CMAKE_BUILD_PARALLEL_LEVEL``. Uses neither the network nor a GPU. Without a
 compiler or CMake the package installs all the same and runs on Python, Triton and the framework's own operators.
 """
@@ -70,7 +70,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={importlib.import_module('pybind11').get_cmake_dir()}",
             f"-DCMAKE_BUILD_TYPE={os.environ.get('ATROUS_BUILD_TYPE', 'Release')}",
             f"-DATROUS_CUDA={os.environ.get('ATROUS_CUDA', 'AUTO')}",
-            f"-DATROUS_CUDA_ARCHS={os.environ.get('ATROUS_CUDA_ARCHS', '80;90a')}",
+            f"-DATROUS_CUDA_ARCHS={os.environ.get('ATROUS_CUDA_ARCHS', 'AUTO')}",
             f"-DATROUS_SANITIZE={sanitize}",
         ]  # fmt: skip
         ninja = shutil.which("ninja")

@@ -1,7 +1,8 @@
 """``python -m atrous_kernels``: what this machine can run, what is missing and what that costs.
 
-With an op and a shape it explains the choice of implementation:
+With an op and a shape it explains the choice of implementation, or models the Triton launches on a GPU that need not be there:
 ``python -m atrous_kernels explain conv2d --input 1,2048,33,33 --weight 256,2048,3,3 --padding 12 --dilation 12``
+``python -m atrous_kernels plan conv2d --input 16,2048,33,33 --weight 256,2048,3,3 --padding 12 --dilation 12 --gpu h200``
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from importlib import metadata, util
 import torch
 
 import atrous_kernels
-from atrous_kernels import dispatch, native
+from atrous_kernels import dispatch, native, simulate
 from atrous_kernels.arguments import describe
+from atrous_kernels.gpus import GPUS
 
 _OPS = ("conv2d", "conv2d_input", "conv2d_weight")
 
@@ -58,17 +60,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m atrous_kernels", description=(__doc__ or "").split("\n\n")[0])
     commands = parser.add_subparsers(dest="command")
     explain = commands.add_parser("explain", help="which implementation runs an op of a given shape, and why not the others")
-    explain.add_argument("op", choices=_OPS)
-    explain.add_argument("--input", type=_numbers, required=True, help="sizes N,C,H,W")
-    explain.add_argument("--weight", type=_numbers, required=True, help="sizes O,C/groups,kh,kw")
-    explain.add_argument("--stride", type=_numbers, default=[1])
-    explain.add_argument("--padding", type=_numbers, default=[0])
-    explain.add_argument("--dilation", type=_numbers, default=[1])
-    explain.add_argument("--groups", type=int, default=1)
-    explain.add_argument("--dtype", default="float32", choices=["float32", "float64", "bfloat16", "float16"])
+    plan = commands.add_parser("plan", help="the Triton launches of an op of a given shape, modelled without a GPU")
+    for command, dtype in ((explain, "float32"), (plan, "bfloat16")):
+        command.add_argument("op", choices=_OPS if command is explain else (*_OPS, "aspp"))
+        command.add_argument("--input", type=_numbers, required=True, help="sizes N,C,H,W")
+        command.add_argument("--weight", type=_numbers, required=True, help="sizes O,C/groups,kh,kw")
+        command.add_argument("--stride", type=_numbers, default=[1])
+        command.add_argument("--padding", type=_numbers, default=[0])
+        command.add_argument("--dilation", type=_numbers, default=[1])
+        command.add_argument("--groups", type=int, default=1)
+        command.add_argument("--dtype", default=dtype, choices=["float32", "float64", "bfloat16", "float16"])
     explain.add_argument("--channels-last", action="store_true")
     explain.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     explain.add_argument("--backend", default="auto")
+    plan.add_argument("--contiguous", action="store_true", help="instead of channels-last")
+    plan.add_argument("--rates", type=_numbers, default=[6, 12, 18], help="of an ASPP's branches beside its 1x1; default 6,12,18")
+    plan.add_argument("--gpu", default="h200", choices=sorted(GPUS))
     return parser
 
 
@@ -77,7 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
     if args.command is None:
         print(report())
         return 0
-    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    channels_last = args.channels_last if args.command == "explain" else not args.contiguous
+    layout = torch.channels_last if channels_last else torch.contiguous_format
     dtype = getattr(torch, args.dtype)
     geometry = (args.stride, args.padding, args.dilation, args.groups)
     try:
@@ -86,8 +94,11 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ValueError(f"{name} {sizes}: expected four sizes, none negative")
         # The explanation needs sizes and strides, not memory.
         input, weight = (torch.empty(s, dtype=dtype, device="meta", memory_format=layout) for s in (args.input, args.weight))
-        problem = replace(describe(input, weight, None, *geometry), device_type=args.device)
-        print(dispatch.explain(args.op, problem, args.backend))
+        problem = describe(input, weight, None, *geometry)
+        if args.command == "explain":
+            print(dispatch.explain(args.op, replace(problem, device_type=args.device), args.backend))
+        else:
+            print(simulate.describe(args.op, replace(problem, device_type="cuda"), GPUS[args.gpu], args.rates))
     except (RuntimeError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,12 +15,13 @@ from atrous_kernels.lattice_arguments import describe_filter, describe_lattice, 
 from atrous_kernels.ops import aspp as _aspp_op
 from atrous_kernels.ops import conv2d as _conv2d_op
 from atrous_kernels.ops import conv_bn_relu as _conv_bn_relu_op
+from atrous_kernels.ops import domain_transform as _domain_transform_op
 from atrous_kernels.ops import pyramid_pool as _pyramid_pool_op
 from atrous_kernels.ops import upsample_concat as _upsample_concat_op
 from atrous_kernels.ops import upsample_cross_entropy as _upsample_cross_entropy_op
 from atrous_kernels.ops.aspp import ConvBN
 from atrous_kernels.ops.conv_bn_act import BOUNDS
-from atrous_kernels.problem import ConvProblem, UpsampleProblem, out_extent
+from atrous_kernels.problem import ConvProblem, TransformProblem, UpsampleProblem, out_extent
 
 Size = int | Sequence[int]
 
@@ -356,6 +358,31 @@ def describe_argmax(logits: Tensor, size: Size, **_: Any) -> UpsampleProblem:
     return _upsample_cross_entropy_op.problem_of(logits, rows_and_columns(size))
 
 
+def check_transform(input: Tensor, edge: Tensor, sigma_s: float, sigma_r: float, iterations: int) -> None:
+    for name, value in (("input", input), ("edge", edge)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"domain_transform(): argument '{name}' must be Tensor, not {type(value).__name__}")
+        if value.dim() != 4 or not value.is_floating_point() or 0 in value.shape[1:]:
+            shape = f"{list(value.shape)}, {value.dtype}"
+            raise ValueError(f"{name} of shape {shape}: expected floating-point [N, C, H, W], a channel and a pixel at least")
+    batch, _, height, width = input.shape
+    if edge.shape[0] != batch or edge.shape[2:] != input.shape[2:] or edge.shape[1] not in (1, 2):
+        raise ValueError(f"edge of shape {list(edge.shape)}: expected [{batch}, 1 or 2, {height}, {width}], as the input")
+    if edge.device != input.device:
+        raise ValueError(f"edge on {edge.device}: expected {input.device}, where the input is")
+    for name, sigma in (("sigma_s", sigma_s), ("sigma_r", sigma_r)):
+        if isinstance(sigma, bool) or not isinstance(sigma, (int, float)) or not (math.isfinite(sigma) and sigma > 0):
+            raise ValueError(f"{name}={sigma!r}: expected a number above 0")
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+        raise ValueError(f"iterations={iterations!r}: expected 1 or more")
+
+
+def describe_transform(input: Tensor, edge: Tensor, sigma_s: float, sigma_r: float, iterations: int = 3) -> TransformProblem:
+    """The numbers of a call of :func:`domain_transform`."""
+    check_transform(input, edge, sigma_s, sigma_r, iterations)
+    return _domain_transform_op.problem_of(input, iterations)
+
+
 # Per op, the function that turns the arguments of a call into a problem.
 DESCRIBE: dict[str, Callable[..., dispatch.Problem]] = {
     "conv2d": describe,
@@ -366,6 +393,8 @@ DESCRIBE: dict[str, Callable[..., dispatch.Problem]] = {
     "upsample_cross_entropy": describe_loss,
     "upsample_argmax": describe_argmax,
     "upsample_concat": describe_concat,
+    "domain_transform": describe_transform,
+    "domain_transform_backward": describe_transform,
     "conv_bn_relu": describe_conv_bn_relu,
     "aspp": describe_aspp,
     "permutohedral_lattice": describe_lattice,

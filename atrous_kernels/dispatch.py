@@ -64,7 +64,7 @@ class Explanation:
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.problem}"]
         lines += [f"  {self.problem.cost()}"]
-        lines += [f"  {'->' if c.chosen else '  '} {c.name:<10} {c.reason}" for c in self.choices]
+        lines += [f"  {'->' if c.chosen else '  '} {c.name:<11} {c.reason}" for c in self.choices]
         return "\n".join(lines)
 
 

@@ -21,6 +21,7 @@ from atrous_kernels.arguments import (
     check_pyramid,
     check_target,
     check_tensors,
+    check_transform,
     check_upsampled,
     resolve_padding,
     rows_and_columns,
@@ -36,6 +37,7 @@ from atrous_kernels.lattice_arguments import (
 from atrous_kernels.ops import aspp as _aspp_op
 from atrous_kernels.ops import conv2d as _conv2d_op
 from atrous_kernels.ops import conv_bn_relu as _conv_bn_relu_op
+from atrous_kernels.ops import domain_transform as _domain_transform_op
 from atrous_kernels.ops import mean_field as _mean_field_op
 from atrous_kernels.ops import permutohedral_filter as _permutohedral_filter_op
 from atrous_kernels.ops import permutohedral_lattice as _permutohedral_lattice_op
@@ -70,8 +72,8 @@ def conv2d(
         padding: zeros on both sides of each axis: an int, one per axis, ``"valid"`` (none) or ``"same"`` (output as large as
             the input; stride 1 only).
         groups: ``C`` and ``O`` must be divisible by it.
-        backend: ``"auto"``, ``"winograd"``, ``"cpu"``, ``"triton"``, ``"cuda"``, ``"torch"`` (the framework's own) or
-            ``"reference"``.
+        backend: ``"auto"``, ``"winograd"``, ``"cpu"``, ``"triton"``, ``"tensor_core"``, ``"cuda"``, ``"torch"`` (the framework's
+            own) or ``"reference"``.
 
     Returns:
         ``[N, O, H', W']`` (or ``[O, H', W']``) with ``H' = (H + 2 padding - dilation (kh - 1) - 1) // stride + 1``;
@@ -492,11 +494,47 @@ def mean_field(
     return channels_second(_mean_field_op.mean_field(rows, arrays, factors, before, after, iterations, backend), unary)
 
 
+def domain_transform(
+    input: Tensor, edge: Tensor, sigma_s: float, sigma_r: float, iterations: int = 3, *, backend: str = "auto"
+) -> Tensor:
+    """Edge-preserving smoothing by recursive filters along rows and columns: time linear in the pixels, whatever the widths.
+
+    Iteration k of K has the width ``s_k = sigma_s sqrt(3) 2^(K - k) / sqrt(4^K - 1)`` and filters left to right, right to left,
+    top to bottom and bottom to top with ``y[i] = (1 - w[i]) x[i] + w[i] y[i - 1]``,
+    ``w[i] = exp(-sqrt(2) / s_k (1 + edge[i] sigma_s / sigma_r))``; the first position keeps its value.
+
+    Args:
+        input: scores or an image, ``[N, C, H, W]``, floating point, any strides; 16-bit types are computed in float32. ``N`` may
+            be 0. Values that are not finite spread along their row and column.
+        edge: density of edges, ``[N, 1, H, W]`` as DeepLab's EdgeNet gives it, or ``[N, 2, H, W]`` for rows and columns apart,
+            as image gradients are. ``edge[..., i]`` lies between positions i - 1 and i, so that the first column (of the density
+            of rows) and the first row (of that of columns) do not count. Finite and at least 0, which is checked on the CPU.
+        sigma_s: width of the filter in pixels where there is no edge.
+        sigma_r: its width in sums of densities.
+        iterations: K; fewer leave streaks.
+        backend: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"reference"``.
+
+    Returns:
+        ``[N, C, H, W]``, dtype of the input; channels-last where the input is.
+
+    Raises:
+        TypeError, ValueError: an argument outside these, or an unknown ``backend``.
+        RuntimeError: a ``backend`` asked for by name cannot run this problem; the message says why.
+
+    Differentiable in both; the second derivative is plain PyTorch, slow and hungry for memory. Sources: Gastal, Oliveira, "Domain
+    Transform for Edge-Aware Image and Video Processing", 2011; Chen et al., "Semantic Image Segmentation with Task-Specific Edge
+    Detection Using CNNs and a Discriminatively Trained Domain Transform", 2016, section 3.
+    """
+    check_transform(input, edge, sigma_s, sigma_r, iterations)
+    wide = edge.to(torch.float64 if input.dtype == torch.float64 else torch.float32).expand(-1, 2, -1, -1)
+    return _domain_transform_op.domain_transform(input, wide, sigma_s, sigma_r, iterations, backend)
+
+
 def explain(op: str, *args: Any, backend: str = "auto", **kwargs: Any) -> dispatch.Explanation:
     """Every implementation of ``op`` for a call with these arguments: chosen, or why not. Runs nothing.
 
     ``op`` is the name of a function of this module, or of its gradient, which takes the same arguments: ``"conv2d_input"``,
-    ``"conv2d_weight"``, ``"pyramid_pool_input"``.
+    ``"conv2d_weight"``, ``"pyramid_pool_input"``, ``"domain_transform_backward"``.
 
     Raises:
         ValueError: unknown op or backend; RuntimeError: a backend asked for by name that cannot run.

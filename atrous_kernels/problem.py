@@ -6,11 +6,11 @@ twin is ``csrc/include/problem.h``; ``tests/test_problem.py`` holds the two agai
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
-from math import gcd
+from math import gcd, prod, sqrt
 
 import torch
 
@@ -169,6 +169,15 @@ class ConvProblem:
         return height, width
 
     @property
+    def sizes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Of input, weight and output."""
+        return (
+            (self.batch, self.in_channels, *self.in_size),
+            (self.out_channels, self.in_channels // self.groups, *self.kernel),
+            (self.batch, self.out_channels, *self.out_size),
+        )
+
+    @property
     def is_depthwise(self) -> bool:
         return self.groups > 1 and self.groups == self.in_channels == self.out_channels
 
@@ -280,3 +289,34 @@ class UpsampleProblem:
             f"{self.batch}x{self.classes} {self.in_size[0]}x{self.in_size[1]} to {self.out_size[0]}x{self.out_size[1]} "
             f"{str(self.dtype).removeprefix('torch.')} on {self.device_type}"
         )
+
+
+@dataclass(frozen=True)
+class TransformProblem:
+    """A domain transform of ``[N, C, H, W]``."""
+
+    size: tuple[int, int, int, int]
+    iterations: int
+    dtype: torch.dtype = torch.float32
+    device_type: str = "cpu"
+
+    def cost(self) -> str:
+        values = prod(self.size)
+        moved = 4 * self.iterations * values * self.dtype.itemsize  # two passes an iteration, each reads and writes all
+        return f"{12 * self.iterations * values / 1e6:.1f} MFLOP, {moved / 1e6:.1f} MB of memory traffic"
+
+    def __str__(self) -> str:
+        sizes = "x".join(map(str, self.size))
+        return f"{sizes}, {self.iterations} iterations, {str(self.dtype).removeprefix('torch.')} on {self.device_type}"
+
+
+def transform_passes(sigma_s: float, sigma_r: float, iterations: int) -> Iterator[tuple[int, float, float]]:
+    """Per pass its axis (0 along rows, 1 along columns), and the rate and slope of its weights ``exp(-rate - slope * edge)``.
+
+    Each iteration is half as wide as the one before; together they are ``sigma_s`` wide.
+    """
+    largest = 1e30  # the weight is 0, and it is a number in float32
+    for k in range(iterations):
+        rate = sqrt(2 / 3 * (1 - 4.0**-iterations)) * 2.0 ** (k + 1) / sigma_s
+        for axis in (0, 1):
+            yield axis, min(rate, largest), min(rate * sigma_s / sigma_r, largest)

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from math import log
-from pathlib import Path
 from typing import Any
 
 from atrous_kernels import dispatch, native
 from atrous_kernels.problem import ConvProblem
-
-FOLDER = Path(__file__).parent / "tuned"
+from atrous_kernels.tables import FOLDER, nearest
 
 
 def bucket(problem: ConvProblem) -> str:
@@ -29,16 +26,12 @@ def bucket(problem: ConvProblem) -> str:
             f"{kind} {problem.kernel[0]}x{problem.kernel[1]}",
             f"stride {max(problem.stride)}",
             "rate 1" if max(problem.dilation) == 1 else "rate 2+",
-            f"{_nearest(problem.in_channels, 2)}->{_nearest(problem.out_channels, 2)}",
-            f"{_nearest(problem.batch * height * width, 4)} pixels",
+            f"{nearest(problem.in_channels, 2)}->{nearest(problem.out_channels, 2)}",
+            f"{nearest(problem.batch * height * width, 4)} pixels",
             f"valid {round(problem.valid_share * 5) / 5:.1f}",
             "1 thread" if problem.threads == 1 else "2+ threads",
         )
     )
-
-
-def _nearest(value: int, base: int) -> int:
-    return base ** round(log(max(value, 1), base))
 
 
 @cache

@@ -75,7 +75,7 @@ def _cases() -> list[Case]:
     return cases
 
 
-def _gpu_cases() -> list[Case]:
+def gpu_cases() -> list[Case]:
     """Training batches in bf16; rate 1 first: where the framework's time does not fall with the rate, it skips no taps."""
     bf16 = torch.bfloat16
     cases = [Case("ASPP", 16, 2048, 256, 33, rate, dtype=bf16) for rate in (1, 6, 12, 18)]
@@ -86,11 +86,12 @@ def _gpu_cases() -> list[Case]:
     return cases
 
 
-CASES = _cases() if DEVICE == "cpu" else _gpu_cases()
+CASES = _cases() if DEVICE == "cpu" else gpu_cases()
 BACKENDS = ("auto", "winograd", "cpu") if DEVICE == "cpu" else ("auto", "triton", "cuda")
 
 
-def _call(case: Case, function: Callable[..., Tensor], x: Tensor, w: Tensor, g: Tensor) -> Callable[[], list[Tensor]]:
+def call_of(case: Case, function: Callable[..., Tensor], x: Tensor, w: Tensor, g: Tensor) -> Callable[[], list[Tensor]]:
+    """A call of the forward pass, or of forward and backward, that gives all results."""
     padding = case.rate * (case.kernel - 1) // 2
     groups = case.in_channels if case.depthwise else 1
 
@@ -106,8 +107,8 @@ def _call(case: Case, function: Callable[..., Tensor], x: Tensor, w: Tensor, g: 
     return both if case.backward else forward
 
 
-def candidates(case: Case) -> tuple[dict[str, Callable[[], list[Tensor]]], list[Tensor], Any]:
-    """Per name a call; the float64 truth; the problem in numbers."""
+def operands(case: Case) -> tuple[Tensor, Tensor, Tensor, Any]:
+    """Input, weight, output gradient, and the problem in numbers."""
     torch.manual_seed(0)
     groups = case.in_channels if case.depthwise else 1
     padding = case.rate * (case.kernel - 1) // 2
@@ -117,6 +118,12 @@ def candidates(case: Case) -> tuple[dict[str, Callable[[], list[Tensor]]], list[
     geometry = ((case.stride,) * 2, (padding,) * 2, (case.rate,) * 2, groups)
     problem = problem_of(x.shape, w.shape, geometry, x, False)
     g = torch.randn(case.batch, case.out_channels, *problem.out_size).to(DEVICE, case.dtype)
+    return x, w, g, problem
+
+
+def candidates(case: Case) -> tuple[dict[str, Callable[[], list[Tensor]]], list[Tensor], Any]:
+    """Per name a call; the float64 truth; the problem in numbers."""
+    x, w, g, problem = operands(case)
     calls = {}
     torch._dynamo.reset()
     for layout, memory_format in LAYOUTS.items():
@@ -126,14 +133,17 @@ def candidates(case: Case) -> tuple[dict[str, Callable[[], list[Tensor]]], list[
         for backend in BACKENDS:
             if backend == "winograd" and can_run(problem) is not None:
                 continue
-            calls[f"ours {backend} {layout}"] = _call(case, _ours(backend), a, b, c)
-        calls[f"torch {layout}"] = _call(case, F.conv2d, a, b, c)
-        calls[f"torch.compile {layout}"] = _call(case, torch.compile(F.conv2d, dynamic=False), a, b, c)
-    exact = _call(case, F.conv2d, x.double().requires_grad_(case.backward), w.double().requires_grad_(case.backward), g.double())
+            calls[f"ours {backend} {layout}"] = call_of(case, ours(backend), a, b, c)
+        calls[f"torch {layout}"] = call_of(case, F.conv2d, a, b, c)
+        calls[f"torch.compile {layout}"] = call_of(case, torch.compile(F.conv2d, dynamic=False), a, b, c)
+    x, w, g = x.double().requires_grad_(case.backward), w.double().requires_grad_(case.backward), g.double()
+    exact = call_of(case, F.conv2d, x, w, g)
     return calls, exact(), problem
 
 
-def _ours(backend: str) -> Callable[..., Tensor]:
+def ours(backend: str) -> Callable[..., Tensor]:
+    """Our convolution on one backend."""
+
     def call(*arguments: Any) -> Tensor:
         return ak.conv2d(*arguments, backend=backend)
 

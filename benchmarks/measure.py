@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Callable
 from functools import cache
@@ -39,11 +40,12 @@ def interleave(benchmark: Any, calls: dict[str, Call], ours: str, budget: float 
         benchmark: the fixture of pytest-benchmark.
         calls: per name a call, already warm.
         ours: the key of ``calls`` that the plugin itself times.
-        budget: seconds to spend; 5 rounds at least, 200 at most.
+        budget: seconds to spend; 5 rounds at least, 200 at most. ``BENCH_SECONDS`` in the environment replaces it.
 
     Returns:
         Per name the seconds of each round, and the number of rounds.
     """
+    budget = float(os.environ.get("BENCH_SECONDS", budget))
     once = sum(seconds(call) for call in calls.values())
     rounds = min(max(int(budget / once), 5), 200)
     times: dict[str, list[float]] = {name: [] for name in calls}

@@ -110,6 +110,7 @@ OPS = {
     "upsample_cross_entropy": "Upsampling and cross-entropy",
     "upsample_argmax": "Upsampling and argmax",
     "dense_crf": "Dense CRF",
+    "domain_transform": "Domain transform",
 }
 
 
@@ -126,7 +127,8 @@ def op_section(op: str, title: str) -> str:
     if result is None:
         return ""
     cells, ratios = [], []
-    for row in (benchmark["extra_info"] for benchmark in result["benchmarks"]):
+    rows: Rows = [benchmark["extra_info"] for benchmark in result["benchmarks"]]
+    for row in (row for row in rows if "candidates" in row):
         (peer, theirs), (own, mine) = fastest(row, False), fastest(row, True)
         ratios.append(theirs / mine)
         candidates = row["candidates"]
@@ -147,7 +149,13 @@ def op_section(op: str, title: str) -> str:
         )
     header = ["case", "fastest other, ms", "ours, ms", "ratio", "of the floor", "error", "extra peak memory, ours of theirs"]
     keep = [i for i in range(len(header)) if i < 4 or any(line[i] for line in cells)]
-    rows = table([header[i] for i in keep], [[line[i] for i in keep] for line in cells])
+    body = table([header[i] for i in keep], [[line[i] for i in keep] for line in cells])
+    memory = [
+        f"{row['case']}: {row['peak_gib']:.2f} GiB resident at most ({row['before_gib']:.2f} before), "
+        f"{row['refine_seconds']:.0f} s."
+        for row in rows
+        if "peak_gib" in row
+    ]
     missing = [
         f"{benchmark['extra_info']['case']}: {name.replace('_', '-')} failed ({reason})"
         for benchmark in result["benchmarks"]
@@ -158,9 +166,9 @@ def op_section(op: str, title: str) -> str:
 
 {machine_line(result)}
 
-{rows}
+{body}
 
-Geometric mean of the ratio: **{geomean(ratios):.2f}** over {len(cells)} cases.{without}
+{" ".join([f"Geometric mean of the ratio: **{geomean(ratios):.2f}** over {len(cells)} cases.{without}", *memory])}
 """
 
 
@@ -303,6 +311,30 @@ of {machine["cpu"]} beside other work, so the speeds are only indications.
 """
 
 
+def weak_section() -> str:
+    from benchmarks.weak_ladder import RECIPE, RUNGS
+
+    runs = {
+        rung: [json.loads(path.read_text()) for path in sorted((RESULTS / "weak").glob(f"{rung}_seed*.json"))] for rung in RUNGS
+    }
+    cells = [
+        [RUNGS[rung][2], ", ".join(f"{run['miou']:.4f} (seed {run['seed']})" for run in found),
+         f"**{sum(run['miou'] for run in found) / len(found):.4f}**"]
+        for rung, found in runs.items() if found
+    ]  # fmt: skip
+    if not cells:
+        return ""
+    run = next(found[0] for found in runs.values() if found)
+    settings = run["config"]["train"]
+    return f"""## Weak and semi-supervised training
+
+Recipes `{RECIPE}_*`: {run["iteration"]} iterations of {settings["batch_size"]} whatever the rung, images at about half size.
+mIoU on the {run["images"]} images of `{run["split"]}`; comparable with nothing but the other rows.
+
+{table(["what the network is told", "mIoU", "mean"], cells)}
+"""
+
+
 def kernels_section() -> str:
     lines = []
     triton = load("triton_resources.json")
@@ -336,6 +368,41 @@ Nothing here was timed on a GPU. The kernels are executed in the tests by Triton
 """
 
 
+def plan_section() -> str:
+    result = load("plan_model.json")
+    if result is None:
+        return ""
+    names = result["gpus"]
+    cells = []
+    for row in result["rows"]:
+        h200 = row["gpus"]["h200"]
+        modelled = row["programs"] > 0
+        cells.append(
+            [
+                row["case"],
+                row["op"],
+                "x".join(map(str, row["blocks"])),
+                f"{row['programs']} ({h200['waves']:.2f})" if modelled else "",
+                f"{row['valid_gflop'] / row['executed_gflop']:.1%}" if modelled else "",
+                f"{h200['balance']:.0%}" if modelled else "",
+                f"{h200['longest_first_us']:.0f}" if modelled else "",
+                *(f"{row['gpus'][gpu]['modelled_us']:.0f} / {row['gpus'][gpu]['floor_us']:.0f}" for gpu in names),
+            ]
+        )
+    header = ["case", "op", "blocks", "programs (waves)", "valid", "balance", "longest first"]
+    header += [f"{gpu} / floor" for gpu in names]
+    return f"""## Launch plans on GPUs, modelled
+
+**A model, not a measurement**: nothing here ran on a GPU. `python -m benchmarks.plan` deals the programs that the Triton
+launchers would launch to the multiprocessors of {", ".join(names.values())}, each as slow as its arithmetic at the peak or its
+L2 traffic; `python -m atrous_kernels plan` does it for any problem. Microseconds; waves, balance (average over longest-working
+multiprocessor) and *longest first* (were the programs sorted) are those of {names["h200"]}. *Valid*: share of real input in the
+arithmetic of whole blocks. The floor is that of the valid taps. What is left out is told in `atrous_kernels/simulate.py`.
+
+{table(header, cells)}
+"""
+
+
 def page() -> str:
     sections = ["# Results\n\nMade by `python -m benchmarks.report` from `benchmarks/results/`; do not edit.\n"]
     convolution, models = load("conv2d_cpu.json"), load("models_cpu.json")
@@ -344,7 +411,8 @@ def page() -> str:
     if models:
         sections.append(models_section(models))
     sections += [op_section(op, title) for op, title in OPS.items()]
-    sections += [errors_section(), fuzz_section(), training_section(), published_section(), kernels_section()]
+    sections += [errors_section(), fuzz_section(), training_section(), published_section(), weak_section()]
+    sections += [kernels_section(), plan_section()]
     return "\n".join(section for section in sections if section)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 from collections.abc import Iterable, Sequence
 from itertools import product
 from statistics import median
@@ -24,7 +23,8 @@ import atrous_kernels as ak
 from atrous_kernels import dispatch, native
 from atrous_kernels.ops.conv2d import conv2d, conv2d_input, conv2d_weight, problem_of
 from atrous_kernels.ops.conv_bn_act import conv_bn_act
-from atrous_kernels.tuned import FOLDER, bucket
+from atrous_kernels.tables import FOLDER, commit
+from atrous_kernels.tuned import bucket
 from benchmarks.measure import seconds
 from segmodels import create_model
 from segmodels.engine.build import keep_freed_memory
@@ -148,8 +148,7 @@ def main() -> None:
                 for op, times in measure(shape, dtype, layout, missing).items():
                     table[op][name] = times
                     print(f"{len(table[op])} {op} {name}: {times}", flush=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    head = {"machine": machine(), "versions": versions(), "commit": commit, "threads": every}
+    head = {"machine": machine(), "versions": versions(), "commit": commit(), "threads": every}
     rows_of = ",\n".join(
         f'  "{op}": {{\n' + ",\n".join(f'    "{key}": {json.dumps(times)}' for key, times in sorted(rows.items())) + "\n  }"
         for op, rows in table.items()

@@ -111,15 +111,40 @@ class TrainConfig:
 
 
 @dataclass
+class WeakConfig:
+    """Training with tags or boxes in place of label maps (Papandreou et al. 2015); see python -m segmodels.weak."""
+
+    method: str = _setting(
+        "none", "how to train on weak images; none leaves them out",
+        choices=("none", "em_fixed", "em_adapt", "bbox_rect", "bbox_seg", "bbox_em_fixed"),
+    )  # fmt: skip
+    labels: str | None = _setting(None, "file of tags and boxes of the training split")
+    strong: int = _setting(
+        0, "images that keep their label maps, the others are weak; with method=none and 0 there are no weak images", low=0
+    )
+    strong_seed: int = _setting(0, "of the draw of the strong images", low=0)
+    strong_per_batch: int | None = _setting(None, "strong images in each batch; by default half of it", low=1)
+    strong_weight: float = _setting(0.7, "weight of the loss on the strong images of a batch", low=0)
+    weak_weight: float = _setting(0.3, "weight of the loss on the weak ones; a batch of one kind has no weights", low=0)
+    background_portion: float = _setting(0.4, "of an image that em_adapt gives the background at least", low=0, high=1)
+    foreground_portion: float = _setting(0.2, "of an image that em_adapt gives each of its other classes at least", low=0, high=1)
+    background_bias: float | None = _setting(None, "added to the background's scores; by default 1 (em_fixed), 5 (bbox_em_fixed)")
+    foreground_bias: float | None = _setting(None, "added to the scores of other present classes; by default 2 and 6")
+    exclude_absent: bool = _setting(True, "em_fixed and bbox_em_fixed never choose absent classes; false: as in the paper")
+
+
+@dataclass
 class EvalConfig:
     """Validation, ``evaluate`` and ``predict``."""
 
     scales: list[float] = _setting([1.0], "image scales whose probabilities are averaged", above=0, high=8)
     flip: bool = _setting(False, "average with the mirrored image")
-    refine: str = _setting("none", "refinement of the classes by the image (--refine)", choices=("none", "crf"))
+    refine: str = _setting("none", "refinement of the classes by the image (--refine)", choices=("none", "crf", "crf_rnn", "dt"))
     crf: list[float] = _setting(
         [4.0, 67.0, 3.0, 3.0, 1.0], "w1, sigma_alpha, sigma_beta, w2, sigma_gamma of refine=crf", above=0, length=5
     )
+    crf_rnn: str | None = _setting(None, "weights of the CRF-RNN layer of refine=crf_rnn; by default it starts as a dense CRF")
+    dt: list[float] = _setting([50.0, 100.0], "sigma_s, sigma_r of refine=dt, along image gradients", above=0, length=2)
     output_stride: int | None = _setting(None, "evaluate at another output stride than trained", low=4, high=256)
     canvas: list[int] | None = _setting(
         None, "height and width onto which every image is placed, top left; larger ones are reduced to it", low=1, length=2
@@ -156,12 +181,14 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    weak: WeakConfig = field(default_factory=WeakConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 
 SECTIONS: dict[str, type] = {
-    "data": DataConfig, "model": ModelConfig, "train": TrainConfig, "eval": EvalConfig, "run": RunConfig,
+    "data": DataConfig, "model": ModelConfig, "train": TrainConfig, "weak": WeakConfig, "eval": EvalConfig,
+    "run": RunConfig,
 }  # fmt: skip
 
 
@@ -324,6 +351,11 @@ def _check_ranges(config: Config) -> None:
             f"train.class_weights={config.train.class_weights} with train.balance={config.train.balance}: expected only "
             "one of the two"
         )
+    if config.weak.method != "none":
+        if config.weak.labels is None:
+            raise ConfigError(f"weak.method={config.weak.method} needs weak.labels, a file of python -m segmodels.weak")
+        if config.train.balance:
+            raise ConfigError(f"train.balance={config.train.balance} counts label maps, which weak images lack: expected 0")
     if config.train.nesterov and (config.train.optimizer != "sgd" or not config.train.momentum):
         raise ConfigError("train.nesterov=True: expected train.optimizer=sgd with train.momentum above 0")
 

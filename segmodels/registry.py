@@ -56,7 +56,7 @@ def create_model(
         weights: a published segmentation network (:mod:`segmodels.readers`). The arguments under which it computes what its
             authors' code computes become the defaults of this call; ``num_classes`` has to be its own.
         weights_backbone: None, ``"imagenet"`` (efficientnet_lite0, from its optional package) or a classification file
-            (``.safetensors``; ``.pth``/``.pt`` that holds tensors only).
+            (``.safetensors``; ``.pth``/``.pt`` that holds tensors only; ``.caffemodel``).
         input_mean, input_std: three values each, of the normalisation ``(x - mean) / std`` of RGB in [0, 1] that the input will
             have; by default the one under which the backbone's weights were published.
         options: of the system (:class:`segmodels.models.DeepLabV3`, :class:`segmodels.models.DeepLabV3Plus`,
@@ -134,7 +134,7 @@ def _load_weights(backbone: Backbone, name: str, source: str | os.PathLike[str])
         if name != "efficientnet_lite0":
             raise ValueError(
                 f"weights_backbone='imagenet' exists for efficientnet_lite0 only; for {name} give the path of a "
-                "classification file (.safetensors, .pth or .pt)"
+                "classification file (.safetensors, .pth, .pt or .caffemodel)"
             )
         source = imagenet_file()
     load_backbone(backbone, read_state_dict(source), os.fspath(source))

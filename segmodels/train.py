@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from segmodels.config import Config, ConfigError, load_config
-from segmodels.engine.build import build_dataset, build_model, prepare_runtime, write_out_published_options
+from segmodels.engine.build import build_dataset, build_model, build_train_set, prepare_runtime, write_out_published_options
 from segmodels.engine.checkpoints import load_checkpoint
 from segmodels.engine.cli import build_parser, flag_overrides, run_command, split_overrides
 from segmodels.engine.progress import say
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         raw["run"].pop(key)
     _check_folder(work_dir, config)
     device = prepare_runtime(config)
-    train_set = build_dataset(config, config.data.train_split)
+    train_set = build_train_set(config)
     val_set = build_dataset(config, config.data.val_split)
     prepare_runtime(config)  # again: the weights must not depend on whether a data set draws numbers
     model = build_model(config, train_set.num_classes)

@@ -31,6 +31,7 @@ from atrous_kernels import native
 from tests.fuzzed.aspp import draw_aspp, run_aspp
 from tests.fuzzed.conv2d import draw_conv2d, draw_winograd, run_conv2d, run_winograd
 from tests.fuzzed.conv_bn_relu import draw_conv_bn_relu, run_conv_bn_relu
+from tests.fuzzed.domain_transform import draw_transform, run_transform
 from tests.fuzzed.draws import Op, Problem
 from tests.fuzzed.permutohedral import draw_permutohedral, run_permutohedral
 from tests.fuzzed.pyramid_pool import draw_pyramid, run_pyramid
@@ -47,6 +48,7 @@ OPS = {
     "psp_conv": Op(draw_psp_conv, run_psp_conv),
     "upsample_cross_entropy": Op(draw_cross_entropy, run_cross_entropy),
     "upsample_argmax": Op(draw_argmax, run_argmax),
+    "domain_transform": Op(draw_transform, run_transform),
     "permutohedral": Op(draw_permutohedral, run_permutohedral),
 }
 

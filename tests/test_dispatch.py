@@ -69,7 +69,9 @@ def test_explain_of_a_call() -> None:
     x, w = torch.randn(1, 4, 8, 8), torch.randn(6, 4, 3, 3)
     for op in ("conv2d", "conv2d_input", "conv2d_weight"):
         explanation = ak.explain(op, x, w, padding="same", dilation=2)
-        assert {c.name for c in explanation.choices} == {"winograd", "cpu", "triton", "cuda", "torch", "reference"}
+        assert {c.name for c in explanation.choices} == {
+            "winograd", "cpu", "triton", "tensor_core", "cuda", "torch", "reference"
+        }  # fmt: skip
         assert explanation.problem.out_size == (8, 8)
     assert ak.explain("conv2d", x, w, backend="reference").chosen == "reference"
     with pytest.raises(ValueError, match="unknown op 'conv3d': expected one of conv2d, conv2d_input, conv2d_weight"):
@@ -84,7 +86,7 @@ def test_the_backend_context_restores_itself_and_checks_its_name() -> None:
         assert ak.explain("conv2d", x, w).chosen == "reference"
         assert dispatch.default_backend() == "reference"
     assert dispatch.default_backend() == "auto"
-    message = "unknown backend 'gpu': expected one of auto, cpu, reference, winograd, triton, cuda, torch"
+    message = "unknown backend 'gpu': expected one of auto, cpu, reference, winograd, triton, tensor_core, cuda, torch"
     with pytest.raises(ValueError, match=message), ak.backend("gpu"):
         pass
     with pytest.raises(RuntimeError, match="cuda"), ak.backend("cuda"):

@@ -7,7 +7,7 @@ from importlib import util
 import pytest
 
 from atrous_kernels import native
-from benchmarks import report
+from benchmarks import plan, report
 
 
 @pytest.mark.skipif(
@@ -23,3 +23,7 @@ def test_the_ratio_is_between_the_best_settings_of_both() -> None:
     row = {"candidates": {name: {"p50_ms": value} for name, value in times.items()}}
     assert report.ratio(row) == 2.0
     assert report.geomean([2.0, 8.0]) == pytest.approx(4.0)
+
+
+def test_the_modelled_plans_are_those_of_the_launchers() -> None:
+    assert plan.PATH.read_text() == plan.text(), "run python -m benchmarks.plan and commit the result"

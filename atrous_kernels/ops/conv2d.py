@@ -15,11 +15,12 @@ from torch.autograd import forward_ad
 
 from atrous_kernels import dispatch, native, tuned
 from atrous_kernels.dispatch import Implementation
-from atrous_kernels.ops import winograd
+from atrous_kernels.ops import tensor_core, winograd
 from atrous_kernels.ops.prepared_weights import prepared
 from atrous_kernels.problem import ConvProblem, out_extent
 from atrous_kernels.reference import conv2d as reference
 from atrous_kernels.triton import conv2d as triton
+from atrous_kernels.triton.runtime import dot_precision
 
 _library = torch.library.Library("atrous", "FRAGMENT")
 _GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, str backend"
@@ -82,7 +83,8 @@ def pick(
         backend = dispatch.default_backend()
     stride, padding, dilation, groups = geometry
     what = (*input_size, *weight_size, *stride, *padding, *dilation, groups)
-    key = (*what, tensor.dtype, tensor.device.type, channels_last, torch.get_num_threads())
+    tf32 = tensor.is_cuda and dot_precision(tensor.dtype)
+    key = (*what, tensor.dtype, tensor.device.type, channels_last, torch.get_num_threads(), tf32)
     found = dispatch.cached(op, backend, key)
     if found is None:
         found = dispatch.choose(op, problem_of(input_size, weight_size, geometry, tensor, channels_last), backend, key)
@@ -461,6 +463,7 @@ for _name, _framework, _framework_can_run in (
             Implementation("winograd", getattr(winograd, _name), winograd.can_run, _winograd_loses),
             Implementation("cpu", _cpu, _cpu_can_run, _cpu_loses),
             Implementation("triton", getattr(triton, _name), triton.can_run, gpu_unmeasured),
+            Implementation("tensor_core", getattr(tensor_core, _name), tensor_core.can_run(_name), gpu_unmeasured),
             Implementation("cuda", _native, cuda_can_run, gpu_unmeasured),
             Implementation("torch", _framework, _framework_can_run, _always),
             Implementation("reference", getattr(reference, _name), _always, _last_resort),

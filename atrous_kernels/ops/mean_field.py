@@ -10,8 +10,9 @@ from torch import Tensor
 
 from atrous_kernels import dispatch
 from atrous_kernels.dispatch import Implementation
+from atrous_kernels.ops.conv2d import gpu_unmeasured
 from atrous_kernels.ops.permutohedral_filter import permutohedral_filter, problem_of
-from atrous_kernels.ops.permutohedral_lattice import PermutohedralLattice, always, cpu_can_run, last_resort, pick
+from atrous_kernels.ops.permutohedral_lattice import PermutohedralLattice, always, cpu_can_run, cuda_can_run, last_resort, pick
 from atrous_kernels.reference import mean_field as reference
 
 _library = torch.library.Library("atrous", "FRAGMENT")
@@ -65,10 +66,16 @@ def _native(*args: Any) -> Tensor:
     return torch.ops.atrous_native.mean_field(*args)
 
 
+def _by_filters(*args: Any) -> Tensor:
+    run: Any = reference.mean_field
+    return run(*args, permutohedral_filter=torch.ops.atrous_native.permutohedral_filter)
+
+
 dispatch.register(
     "mean_field",
     [
         Implementation("cpu", _native, cpu_can_run, always),
+        Implementation("cuda", _by_filters, cuda_can_run, gpu_unmeasured),
         Implementation("reference", reference.mean_field, always, last_resort),
     ],
 )

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from atrous_kernels import dispatch
 from atrous_kernels.dispatch import Implementation
-from atrous_kernels.ops.permutohedral_lattice import LatticeProblem, always, cpu_can_run, last_resort, pick
+from atrous_kernels.ops.conv2d import gpu_unmeasured
+from atrous_kernels.ops.permutohedral_lattice import LatticeProblem, always, cpu_can_run, cuda_can_run, last_resort, pick
 from atrous_kernels.reference import permutohedral_filter as reference
 
 _library = torch.library.Library("atrous", "FRAGMENT")
@@ -88,6 +89,7 @@ for _name in ("permutohedral_filter", "permutohedral_filter_weights"):
         _name,
         [
             Implementation("cpu", _native, cpu_can_run, always),
+            Implementation("cuda", _native, cuda_can_run, gpu_unmeasured),
             Implementation("reference", getattr(reference, _name), always, last_resort),
         ],
     )

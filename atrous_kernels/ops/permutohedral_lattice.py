@@ -14,6 +14,7 @@ from torch import Tensor
 
 from atrous_kernels import dispatch, native
 from atrous_kernels.dispatch import Implementation
+from atrous_kernels.ops.conv2d import gpu_unmeasured
 from atrous_kernels.reference import permutohedral_lattice as reference
 
 _library = torch.library.Library("atrous", "FRAGMENT")
@@ -119,13 +120,23 @@ permutohedral_lattice = torch.ops.atrous.permutohedral_lattice.default
 def cpu_can_run(problem: LatticeProblem) -> str | None:
     if problem.device_type != "cpu":
         return f"runs on the CPU, not on {problem.device_type}"
+    return _native_cannot(problem) or native.cpu_missing()
+
+
+def cuda_can_run(problem: LatticeProblem) -> str | None:
+    if problem.device_type != "cuda":
+        return f"runs on CUDA devices, not on {problem.device_type}"
+    return _native_cannot(problem) or native.cuda_missing()
+
+
+def _native_cannot(problem: LatticeProblem) -> str | None:
     if problem.dtype not in (torch.float32, torch.float64):
         return f"{problem.dtype} is not one of torch.float32, torch.float64"
     if not 1 <= problem.dimensions <= MOST_DIMENSIONS:
         return f"has code for 1 to {MOST_DIMENSIONS} dimensions, not for {problem.dimensions}"
     if problem.points * (problem.dimensions + 1) >= 2**31:
         return f"its indices have 32 bits: {problem.points} points have too many corners"
-    return native.cpu_missing()
+    return None
 
 
 def always(problem: LatticeProblem) -> None:
@@ -144,6 +155,7 @@ dispatch.register(
     "permutohedral_lattice",
     [
         Implementation("cpu", _native, cpu_can_run, always),
+        Implementation("cuda", _native, cuda_can_run, gpu_unmeasured),
         Implementation("reference", reference.permutohedral_lattice, always, last_resort),
     ],
 )

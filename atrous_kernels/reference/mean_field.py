@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ def mean_field(
     before: Sequence[Tensor],
     after: Sequence[Tensor],
     iterations: int,
+    permutohedral_filter: Callable[..., Tensor] = permutohedral_filter,
 ) -> Tensor:
     """[points, C] -> the marginals [points, C]; ``lattices`` holds six tensors for each of ``compatibilities``, ``before`` and
     ``after`` one factor [points] for each, or nothing."""
@@ -27,7 +28,7 @@ def mean_field(
         for k, compatibility in enumerate(compatibilities):
             x = marginals * before[k][:, None] if before else marginals
             vertices, weights, neighbours, begin, points, point_weights = lattices[k * ARRAYS : (k + 1) * ARRAYS]
-            x = permutohedral_filter(x, vertices, weights, neighbours, begin, points, point_weights, reverse=False)
+            x = permutohedral_filter(x, vertices, weights, neighbours, begin, points, point_weights, False)
             x = x * after[k][:, None] if after else x
             energy = energy + (x * compatibility if compatibility.dim() == 1 else x @ compatibility.T)
         marginals = (-energy).softmax(-1)

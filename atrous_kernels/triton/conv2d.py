@@ -23,6 +23,7 @@ from torch import Tensor
 
 from atrous_kernels.problem import out_extent
 from atrous_kernels.triton import depthwise_conv2d as depthwise
+from atrous_kernels.triton import launch_table
 from atrous_kernels.triton.common import sum_splits, tile_pixels
 from atrous_kernels.triton.epilogue import Epilogue, finish, store_moments
 from atrous_kernels.triton.runtime import (
@@ -323,21 +324,23 @@ def _weight_correlation(source: Tensor, grad: Tensor, target: Tensor, axes: Axes
 
 
 def tile_config(tensors: Sequence[Tensor], rows: int, cols: int, reduced: int) -> tuple[int, int, int, int, int]:
-    """(BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) of a product [rows, reduced] x [reduced, cols]: the one place to tune.
+    """(BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) of a product [rows, reduced] x [reduced, cols].
 
     Where channels are neighbours in memory, loads are asynchronous 16-byte copies. Elsewhere every element needs an
-    address and a register of its own, so tiles are smaller.
+    address and a register of its own, so tiles are smaller. A measured table goes before these rules.
     """
     vectors = all(tensor.stride(1) == 1 and tensor.shape[1] % 16 == 0 for tensor in tensors)
     dtype = tensors[0].dtype
     if dtype is torch.float32:
         # Exact products run on the scalar units and keep their operands in registers: a shallower block.
-        most_m, most_n, most_k, warps = (64, 64, 32, 4) if vectors and dot_precision(dtype) == "tf32" else (64, 64, 16, 4)
+        rule = (64, 64, 32, 4, 3) if vectors and dot_precision(dtype) == "tf32" else (64, 64, 16, 4, 3)
     else:
-        most_m, most_n, most_k, warps = (128, 128, 64, 8) if vectors else (64, 64, 32, 4)
+        rule = (128, 128, 64, 8, 3) if vectors else (64, 64, 32, 4, 3)
+    how = f"{dot_precision(dtype)} {'vectors' if vectors else 'elements'}"
+    most_m, most_n, most_k, warps, stages = launch_table.choose("dense", tensors[0], how, (rows, cols, reduced), rule)
     # A matrix instruction needs 16 along every axis; more than the problem has would only be masked away.
     block_m, block_n = power_of_two(rows, 16, most_m), power_of_two(cols, 16, most_n)
-    return block_m, block_n, power_of_two(reduced, 16, most_k), warps if block_m * block_n >= 64 * 64 else 4, 3
+    return block_m, block_n, power_of_two(reduced, 16, most_k), warps if block_m * block_n >= 64 * 64 else 4, stages
 
 
 def dot_constants(dtype: torch.dtype) -> dict[str, object]:

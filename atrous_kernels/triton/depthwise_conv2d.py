@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from atrous_kernels.triton import launch_table
 from atrous_kernels.triton.common import sum_splits, tile_pixels
 from atrous_kernels.triton.epilogue import Epilogue, finish, store_moments
 from atrous_kernels.triton.runtime import Launch, kernel, power_of_two, strides
@@ -83,7 +84,7 @@ def correlation(
     """The launches that write ``target`` from ``source``: the output, or for ``gradient`` the input gradient."""
     batch, channels = target.shape[:2]
     multiplier = weight.shape[0] // groups
-    block_p, block_c, num_warps = _config(target, batch * target.shape[2] * target.shape[3])
+    block_p, block_c, num_warps = _config(target, batch * target.shape[2] * target.shape[3], sums=False)
     table, tiles = rectangle_table(axes, gradient, batch, block_p, target.device)
     channel_blocks = -(-channels // block_c)
     weight_o, _, weight_h, weight_w = weight.stride()
@@ -155,7 +156,7 @@ def weight_correlation(source: Tensor, grad: Tensor, target: Tensor, axes: Axes,
     """The launches that write the weight gradient ``target`` [multiplier * C, 1, kh, kw]."""
     batch, channels = grad.shape[:2]
     pixels = batch * grad.shape[2] * grad.shape[3]
-    block_p, block_c, num_warps = _config(grad, pixels)
+    block_p, block_c, num_warps = _config(grad, pixels, sums=True)
     table = tap_table(axes, source.device)
     taps, channel_blocks = table.shape[1], -(-channels // block_c)
     splits = split_count(taps * channel_blocks, -(-pixels // block_p))
@@ -177,8 +178,13 @@ def weight_correlation(source: Tensor, grad: Tensor, target: Tensor, axes: Axes,
     return launches
 
 
-def _config(tensor: Tensor, pixels: int) -> tuple[int, int, int]:
-    """(pixels per block, channels per block, warps), so that neighbouring threads read neighbours: the place to tune."""
-    if tensor.stride(1) == 1:
-        return power_of_two(pixels, 1, 16), power_of_two(tensor.shape[1], 1, 64), 4
-    return power_of_two(pixels, 1, 256), 1, 4
+def _config(tensor: Tensor, pixels: int, sums: bool) -> tuple[int, int, int]:
+    """(pixels per block, channels per block, warps), so that neighbouring threads read neighbours.
+
+    A measured table goes before the rule. ``sums``: over pixels, for the gradient of the weight.
+    """
+    vectors = tensor.stride(1) == 1
+    how = f"{'sums' if sums else 'maps'} {'vectors' if vectors else 'elements'}"
+    rule = (16, 64, 4) if vectors else (256, 1, 4)
+    most_p, most_c, warps = launch_table.choose("depthwise", tensor, how, (pixels, tensor.shape[1]), rule)
+    return power_of_two(pixels, 1, most_p), power_of_two(tensor.shape[1], 1, most_c), warps

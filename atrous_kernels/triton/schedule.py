@@ -154,7 +154,8 @@ def tap_table(axes: Axes, device: torch.device) -> torch.Tensor:
 def split_count(programs: int, steps: int) -> int:
     """Into how many parts a reduction of ``steps`` is cut so that few programs still fill a GPU.
 
-    A fixed rule, blind to the chip: the order of summation, and so every bit of the result, is the same everywhere.
+    A fixed rule, blind to the chip: with the same blocks the order of summation, and so every bit of the result, is the same
+    everywhere.
     """
     wanted, least_steps = 264, 8  # two programs for each of 132 multiprocessors; below 8 steps a split costs more
     return max(1, min(wanted // max(programs, 1), steps // least_steps))

@@ -16,12 +16,27 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+namespace atrous::cuda {
+
+// A kernel has to be told once per device before a launch may take more than 48 KB.
+template <typename Kernel>
+void allow_shared_bytes(Kernel* kernel, int bytes) {
+  if (bytes <= 48 * 1024) return;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess)
+    throw std::runtime_error("CUDA kernel with " + std::to_string(bytes) + " bytes of shared memory: " +
+                             cudaGetErrorString(error));
+}
+
+}  // namespace atrous::cuda
+
 #define ATROUS_SHARED(type, name) __shared__ type name
 #define ATROUS_DYNAMIC_SHARED(type, name)                            \
   extern __shared__ __align__(1024) unsigned char name##_bytes[];    \
   type* name = reinterpret_cast<type*>(name##_bytes)
 #define ATROUS_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                           \
   do {                                                                                          \
+    ::atrous::cuda::allow_shared_bytes(kernel, shared_bytes);                                   \
     kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__);      \
     const cudaError_t launch_error = cudaGetLastError();                                        \
     if (launch_error != cudaSuccess)                                                            \
@@ -41,7 +56,7 @@
 #define ATROUS_DYNAMIC_SHARED(type, name) \
   type* name = static_cast<type*>(::atrous::emulation::Machine::get().dynamic_shared())
 #define ATROUS_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  ((void)(stream), ::atrous::emulation::launch(kernel, grid, block, shared_bytes, __VA_ARGS__))
+  (::atrous::emulation::Streams::get().note(stream), ::atrous::emulation::launch(kernel, grid, block, shared_bytes, __VA_ARGS__))
 
 #endif
 

@@ -109,7 +109,14 @@ inline void set_segments(AxisPlan& plan, const std::vector<Segment>& segments, i
 
 template <typename Use>
 void for_each_rectangle_run(CorrelatePlan& plan, const Axis& h, const Axis& w, Use use) {
-  const std::vector<Segment> h_segments = axis_segments(h), w_segments = axis_segments(w);
+  // Rectangles with more taps first: the short ones then fill the last wave of blocks.
+  const auto sorted_segments = [](const Axis& axis) {
+    std::vector<Segment> segments = axis_segments(axis);
+    const auto longer = [](const Segment& a, const Segment& b) { return a.tap_stop - a.tap_start > b.tap_stop - b.tap_start; };
+    std::stable_sort(segments.begin(), segments.end(), longer);
+    return segments;
+  };
+  const std::vector<Segment> h_segments = sorted_segments(h), w_segments = sorted_segments(w);
   for_each_run(static_cast<int64_t>(h_segments.size()), [&](int64_t h_first, int64_t h_last) {
     set_segments(plan.h, h_segments, h_first, h_last);
     for_each_run(static_cast<int64_t>(w_segments.size()), [&](int64_t w_first, int64_t w_last) {

@@ -10,6 +10,9 @@
 //                                         __nv_bfloat16. Lane l holds of sum rows l / 4 and l / 4 + 8, columns 2 (l % 4) and
 //                                         the next; a as load_matrices gives it of its quarters (rows, then columns); b as
 //                                         it gives it of its two halves stored column by column
+//   multiply_add<float>(sum, a, b)        mma m16n8k8 in TF32: the same with a [16, 8] and b [8, 8] of floats, of which 10 bits
+//                                         of the mantissa count. load_matrices moves them as pairs of 16-bit elements
+//   round_to_tf32(bits)                   the nearest float of 10 bits; the matrix instruction itself would cut the others off
 #pragma once
 
 #include "device.h"
@@ -83,6 +86,18 @@ __device__ __forceinline__ void multiply_add<__nv_bfloat16>(float (&sum)[4], con
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+template <>
+__device__ __forceinline__ void multiply_add<float>(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ __forceinline__ uint32_t round_to_tf32(uint32_t bits) {
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(bits)));
+  return rounded;
+}
 
 }  // namespace atrous::cuda
 
@@ -96,6 +111,7 @@ using emulation::commit_copies;
 using emulation::copy_async;
 using emulation::load_matrices;
 using emulation::multiply_add;
+using emulation::round_to_tf32;
 using emulation::wait_for_copies;
 
 }  // namespace atrous::cuda

@@ -96,6 +96,9 @@ STABLE_TORCH_LIBRARY(atrous_native, m) {
   m.def("pack_weight(Tensor weight, int groups) -> Tensor");
   m.def("conv2d_input(int[] input_size, Tensor weight, Tensor grad_output, " ATROUS_GEOMETRY);
   m.def("conv2d_weight(Tensor input, int[] weight_size, Tensor grad_output, " ATROUS_GEOMETRY);
+  m.def("conv2d_tensor_core(Tensor input, Tensor weight, Tensor? bias, " ATROUS_GEOMETRY);  // these three on CUDA only
+  m.def("conv2d_input_tensor_core(int[] input_size, Tensor weight, Tensor grad_output, " ATROUS_GEOMETRY);
+  m.def("conv2d_weight_tensor_core(Tensor input, int[] weight_size, Tensor grad_output, " ATROUS_GEOMETRY);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(atrous_native, CPU, m) {

@@ -1,31 +1,16 @@
-// A lattice as it crosses the library's border: checked, so that no index leaves its array.
+// A lattice as it crosses the border of the CPU library: checked, so that no index leaves its array.
 #pragma once
 
-#include <limits>
-
-#include "conv2d_check.h"
 #include "cpu/permutohedral_filter.h"
+#include "permutohedral_check.h"
 
 namespace atrous {
 
-using torch::headeronly::ScalarType;
-
-inline bool is_double(const char* name, const Tensor& t) {
-  if (t.scalar_type() != ScalarType::Float && t.scalar_type() != ScalarType::Double)
-    fail(name, "expected float32 or float64, but got scalar type ", static_cast<int>(t.scalar_type()));
-  return t.scalar_type() == ScalarType::Double;
-}
-
-inline void check_array(const char* name, const Tensor& t, ScalarType type, const Sizes& sizes) {
-  if (t.scalar_type() != type || sizes_of(t) != sizes || !t.is_contiguous())
-    fail(name, "expected contiguous scalar type ", static_cast<int>(type), " of sizes ", text(sizes), ", but got scalar type ",
-         static_cast<int>(t.scalar_type()), " of sizes ", text(sizes_of(t)));
-}
-
 inline void check_indices(const char* name, const Tensor& t, int64_t limit) {
   const int32_t* values = static_cast<const int32_t*>(t.const_data_ptr());
+  const int64_t count = t.numel();
   int32_t least = 0, most = -1;
-  for (int64_t i = 0; i < t.numel(); ++i) {
+  for (int64_t i = 0; i < count; ++i) {
     least = values[i] < least ? values[i] : least;
     most = values[i] > most ? values[i] : most;
   }
@@ -36,28 +21,21 @@ inline void check_indices(const char* name, const Tensor& t, int64_t limit) {
 template <class T>
 cpu::LatticeView<T> lattice_view(const Tensor& vertices, const Tensor& weights, const Tensor& neighbours, const Tensor& begin,
                                  const Tensor& points, const Tensor& point_weights) {
-  const ScalarType real = sizeof(T) == sizeof(double) ? ScalarType::Double : ScalarType::Float;
-  if (vertices.dim() != 2 || neighbours.dim() != 3)
-    fail("vertices", "expected [points, corners] and neighbours [corners, vertices, 2], but got sizes ",
-         text(sizes_of(vertices)), " and ", text(sizes_of(neighbours)));
-  const int64_t count = vertices.size(0), corners = vertices.size(1), known = neighbours.size(1);
-  check_array("vertices", vertices, ScalarType::Int, {count, corners});
-  check_array("weights", weights, real, {count, corners});
-  check_array("neighbours", neighbours, ScalarType::Int, {corners, known, 2});
-  check_array("begin", begin, ScalarType::Long, {known + 1});
-  check_array("points", points, ScalarType::Int, {count * corners});
-  check_array("point_weights", point_weights, real, {count * corners});
-  check_indices("vertices", vertices, known);
-  check_indices("neighbours", neighbours, known + 1);
-  check_indices("points", points, count);
+  const LatticeSizes sizes = check_lattice(vertices, weights, neighbours, begin, points, point_weights);
+  if (is_double("weights", weights) != (sizeof(T) == sizeof(double)))
+    fail("weights", "expected the dtype of unary, but got scalar type ", static_cast<int>(weights.scalar_type()));
+  check_indices("vertices", vertices, sizes.vertices);
+  check_indices("neighbours", neighbours, sizes.vertices + 1);
+  check_indices("points", points, sizes.points);
+  const int64_t corners = sizes.points * sizes.corners;
   const int64_t* at = static_cast<const int64_t*>(begin.const_data_ptr());
-  for (int64_t v = 0; v < known; ++v)
+  for (int64_t v = 0; v < sizes.vertices; ++v)
     if (at[v] > at[v + 1]) fail("begin", "expected increasing values, but got ", at[v], " before ", at[v + 1]);
-  if (at[0] != 0 || at[known] != count * corners)
-    fail("begin", "expected 0 to ", count * corners, ", but got ", at[0], " to ", at[known]);
-  return {count,
-          known,
-          corners,
+  if (at[0] != 0 || at[sizes.vertices] != corners)
+    fail("begin", "expected 0 to ", corners, ", but got ", at[0], " to ", at[sizes.vertices]);
+  return {sizes.points,
+          sizes.vertices,
+          sizes.corners,
           static_cast<const int32_t*>(vertices.const_data_ptr()),
           static_cast<const T*>(weights.const_data_ptr()),
           static_cast<const int32_t*>(neighbours.const_data_ptr()),

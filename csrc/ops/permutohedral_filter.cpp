@@ -8,13 +8,6 @@
 namespace atrous {
 namespace {
 
-Tensor checked_values(const char* name, const Tensor& t, const Tensor& weights, int64_t points) {
-  check_alike(name, t, "weights", weights);
-  if (t.dim() != 2 || t.size(0) != points || t.size(1) < 1)
-    fail(name, "expected [", points, ", channels], at least 1 channel, but got sizes ", text(sizes_of(t)));
-  return torch::stable::contiguous(t);
-}
-
 template <class T>
 Tensor filter(const Tensor& values, const Tensor& weights, bool reverse, const cpu::LatticeView<T>& lattice) {
   const Tensor x = checked_values("values", values, weights, lattice.points);

@@ -5,7 +5,7 @@
 
 #include <tuple>
 
-#include "permutohedral_arguments.h"
+#include "permutohedral_check.h"
 
 namespace atrous {
 namespace {
@@ -34,13 +34,8 @@ template <class T> Arrays build(const Tensor& features, const cpu::LatticePoints
 }
 
 Arrays permutohedral_lattice_cpu(const Tensor& features) {
-  const Sizes sizes = sizes_of(features);
-  if (sizes.size() != 3) fail("features", "expected [images, points, dimensions], but got sizes ", text(sizes));
-  if (sizes[2] < 1 || sizes[2] > cpu::most_lattice_dimensions)
-    fail("features", "expected 1 to ", cpu::most_lattice_dimensions, " dimensions, but got sizes ", text(sizes));
+  const Sizes sizes = check_features(features, cpu::most_lattice_dimensions);
   const cpu::LatticePoints shape{sizes[0], sizes[1], sizes[2]};
-  if (shape.all() * (shape.dimensions + 1) > std::numeric_limits<int32_t>::max())
-    fail("features", "expected fewer than 2^31 corners (points times dimensions + 1), but got sizes ", text(sizes));
   const Tensor dense = torch::stable::contiguous(features);
   return is_double("features", features) ? build<double>(dense, shape) : build<float>(dense, shape);
 }

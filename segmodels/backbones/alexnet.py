@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from atrous_kernels.nn import Conv2d
 from segmodels.backbones.classic import ClassicBackbone, grid_of, init_convolutions
-from segmodels.backbones.published import as_convolution, fold_caffe_input, renamed_layers, widen_input
+from segmodels.backbones.surgery import as_convolution, fold_caffe_input, renamed_layers, widen_input
 
 
 class Form(NamedTuple):

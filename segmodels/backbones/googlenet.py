@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from atrous_kernels.nn import Conv2d
 from segmodels.backbones.base import conv_bn
 from segmodels.backbones.classic import ClassicBackbone, grid_of, init_convolutions
-from segmodels.backbones.published import fold_caffe_input, renamed_layers, widen_input
+from segmodels.backbones.surgery import fold_caffe_input, renamed_layers, widen_input
 
 #: 1x1 | 3x3 reduce, 3x3 | 5x5 reduce, 5x5 | pool projection
 INCEPTIONS = {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from atrous_kernels.nn import Conv2d
 from segmodels.backbones.classic import ClassicBackbone, grid_of, init_convolutions
-from segmodels.backbones.published import (
+from segmodels.backbones.surgery import (
     VGG16_LAYERS,
     as_convolution,
     fold_caffe_input,

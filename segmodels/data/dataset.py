@@ -48,6 +48,10 @@ class SegmentationDataset:
         """Image uint8 ``[H, W, 3]`` RGB and label uint8 ``[H, W]`` with values ``0 .. num_classes-1`` and 255."""
         raise NotImplementedError
 
+    def load_image(self, index: int) -> np.ndarray:
+        """The image alone; nothing of the label is read where the two are separate files."""
+        return self.load(self._check(index))[0]
+
     def name(self, index: int) -> str:
         """The stem of item ``index``: what a file that shows it should be called."""
         raise NotImplementedError
@@ -98,6 +102,9 @@ class PairedFiles(SegmentationDataset):
 
     def name(self, index: int) -> str:
         return self.pairs[self._check(index)][0].stem
+
+    def load_image(self, index: int) -> np.ndarray:
+        return read_image(self.pairs[self._check(index)][0])
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """As the base class. Raises DataError for files that are unreadable, truncated, of different sizes, or hold a

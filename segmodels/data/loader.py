@@ -210,6 +210,7 @@ def build_loader(
     pin_memory: bool = False,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
+    sampler: ResumableSampler | None = None,
 ) -> ResumableLoader:
     """A resumable loader of ``(image float32 [N, 3, H, W], label int64 [N, H, W])`` batches.
 
@@ -222,7 +223,9 @@ def build_loader(
         cache: keep decoded images in memory; read before the workers start, so that they share it.
         pin_memory: as in ``torch.utils.data.DataLoader``.
         mean, std: of the normalisation.
+        sampler: another order, with a batch size of its own; ``batch_size``, ``shuffle`` and ``drop_last`` then have no effect.
     """
     transformed = TransformedDataset(dataset, transforms, seed=seed, mean=mean, std=std, cache=cache)
-    sampler = ResumableSampler(len(dataset), seed=seed, shuffle=shuffle, batch_size=batch_size, drop_last=drop_last)
+    if sampler is None:
+        sampler = ResumableSampler(len(dataset), seed=seed, shuffle=shuffle, batch_size=batch_size, drop_last=drop_last)
     return ResumableLoader(transformed, sampler, workers=workers, pin_memory=pin_memory)

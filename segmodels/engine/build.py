@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from segmodels.backbones.weights import read_state_dict
 from segmodels.config import Config, ConfigError, load_config
 from segmodels.data import SegmentationDataset, class_names, create_dataset
 from segmodels.data.transforms import (
@@ -27,8 +28,11 @@ from segmodels.data.transforms import (
 from segmodels.engine.checkpoints import CheckpointError, is_checkpoint, load_checkpoint
 from segmodels.engine.inference import Predictor, Refinement
 from segmodels.readers import read_published
-from segmodels.refine import DenseCRF, unary_from_probabilities
+from segmodels.refine import CRFRNN, DenseCRF, DomainTransform, unary_from_probabilities
 from segmodels.registry import create_model
+from segmodels.weak.annotations import WeakLabels
+from segmodels.weak.dataset import Subset, WeakDataset, draw_strong
+from segmodels.weak.sampler import MixedSampler
 
 
 def prepare_runtime(config: Config) -> torch.device:
@@ -65,6 +69,30 @@ def keep_freed_memory() -> None:
 def build_dataset(config: Config, split: str) -> SegmentationDataset:
     """One split of the data set; errors as :func:`segmodels.data.create_dataset`."""
     return create_dataset(config.data.name, config.data.root, split, **config.data.options)
+
+
+def build_train_set(config: Config) -> SegmentationDataset:
+    """The training split with the images that ``config.weak`` leaves, strong or weak; errors as those of its parts."""
+    dataset, settings = build_dataset(config, config.data.train_split), config.weak
+    if settings.method == "none" and not settings.strong:
+        return dataset
+    strong = draw_strong(len(dataset), settings.strong, settings.strong_seed)
+    if settings.method == "none":
+        return Subset(dataset, np.flatnonzero(strong).tolist())
+    assert settings.labels is not None  # the configuration has checked it
+    return WeakDataset(dataset, WeakLabels.load(settings.labels), ~strong, settings.method, settings.labels)
+
+
+def build_sampler(config: Config, train_set: SegmentationDataset) -> MixedSampler | None:
+    """The order of training where batches are to hold strong and weak images; None where there is only one kind."""
+    if not isinstance(train_set, WeakDataset) or train_set.weak.all() or not train_set.weak.any():
+        return None
+    size = config.train.batch_size
+    share = config.weak.strong_per_batch or size // 2
+    if not 1 <= share < size:
+        raise ValueError(f"weak.strong_per_batch={share} in batches of train.batch_size={size}: expected 1 to {size - 1}")
+    strong, weak = np.flatnonzero(~train_set.weak), np.flatnonzero(train_set.weak)
+    return MixedSampler(strong, weak, share, size, config.run.seed)
 
 
 def build_transforms(config: Config) -> Transform:
@@ -148,6 +176,11 @@ def build_predictor(config: Config, model: nn.Module, device: torch.device) -> P
 def _refinement(config: Config) -> Refinement | None:
     if config.eval.refine == "none":
         return None
+    if config.eval.refine == "dt":
+        sigma_s, sigma_r = config.eval.dt
+        return DomainTransform(sigma_s, sigma_r)
+    if config.eval.refine == "crf_rnn":
+        return _crf_rnn(config.eval.crf_rnn)
     w1, sigma_alpha, sigma_beta, w2, sigma_gamma = config.eval.crf
     crf = DenseCRF(w1, sigma_alpha, sigma_beta, w2, sigma_gamma)
     return lambda probabilities, images: crf(unary_from_probabilities(probabilities), images)
@@ -160,6 +193,19 @@ class Origin(NamedTuple):
     classes: list[str]
     colors: list[list[int]]
     iteration: int | None
+
+
+def _crf_rnn(weights: str | None) -> Refinement:
+    state = read_state_dict(weights) if weights is not None else None
+
+    @torch.inference_mode()
+    def refine(probabilities: Tensor, images: Tensor) -> Tensor:
+        layer = CRFRNN(probabilities.shape[1]).to(probabilities.device).eval()
+        if state is not None:
+            layer.load_state_dict(state)
+        return layer(-unary_from_probabilities(probabilities), images)
+
+    return refine
 
 
 def load_trained(

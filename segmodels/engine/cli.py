@@ -43,7 +43,7 @@ def add_inference_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="instead: a recipe whose model.weights is a published network")
     parser.add_argument("--scales", type=float, nargs="+", metavar="S", help="eval.scales")
     parser.add_argument("--flip", action="store_true", help="eval.flip=true")
-    parser.add_argument("--refine", metavar="NAME", help="eval.refine: none, crf")
+    parser.add_argument("--refine", metavar="NAME", help="eval.refine: none, crf, crf_rnn, dt")
 
 
 def flag_overrides(flags: argparse.Namespace) -> list[str]:

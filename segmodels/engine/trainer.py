@@ -20,7 +20,7 @@ from segmodels.config import Config
 from segmodels.data import SegmentationDataset
 from segmodels.data.loader import ResumableLoader, build_loader
 from segmodels.engine import report
-from segmodels.engine.build import build_predictor, build_transforms, normalization
+from segmodels.engine.build import build_predictor, build_sampler, build_transforms, normalization
 from segmodels.engine.checkpoints import (
     CheckpointError,
     atomic_write,
@@ -36,9 +36,11 @@ from segmodels.engine.optim import ModelEma, build_optimizer
 from segmodels.engine.progress import Reporter, StopRequest, clock, say
 from segmodels.engine.schedules import PolySchedule
 from segmodels.engine.visualize import sheet, write_png
+from segmodels.weak.dataset import WeakDataset
+from segmodels.weak.supervision import WeakSupervision
 
 # Settings that may differ when a run is resumed: they say where things are or how fast, not what is computed.
-_FREE = {"data": {"root", "cache", "workers", "val_split"}, "model": {"weights_backbone"}, "train": set()}
+_FREE = {"data": {"root", "cache", "workers", "val_split"}, "model": {"weights_backbone"}, "train": set(), "weak": {"labels"}}
 
 
 class TrainingError(RuntimeError):
@@ -85,6 +87,7 @@ class Trainer:
             align_corners=bool(getattr(model, "align_corners", False)),
             labels_at=settings.labels_at,
         ).to(device)
+        self.weak = WeakSupervision(config.weak, train_set, config.run.seed) if isinstance(train_set, WeakDataset) else None
         self.loader: ResumableLoader = build_loader(
             train_set,
             build_transforms(config),
@@ -94,6 +97,7 @@ class Trainer:
             workers=config.data.workers,
             cache=config.data.cache,
             pin_memory=device.type == "cuda",
+            sampler=build_sampler(config, train_set),
             **normalization(model),
         )
         self._batches = iter(self.loader)
@@ -209,9 +213,13 @@ class Trainer:
         factor = self.schedule.apply(self.optimizer, self.iteration)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.amp != "none"):
             logits = self.model.logits(images)
-        loss = self.loss(logits, labels)
+        indices = sampler.order(epoch)[position : position + len(images)]
+        if self.weak is None:
+            loss = self.loss(logits, labels)
+        else:
+            loss = self.weak.loss(self.loss, logits, labels, indices, self.iteration)
         value = float(loss.detach())
-        names = [self.train_set.name(int(key)) for key in sampler.order(epoch)[position : position + len(images)]]
+        names = [self.train_set.name(int(index)) for index in indices]
         self._must_be_finite("loss", value, names)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -354,6 +362,7 @@ class Trainer:
             f"{section}.{key}: {before[section].get(key)!r} then, {value!r} now"
             for section, free in _FREE.items()
             for key, value in self.raw[section].items()
+            if section in before  # weak came later than the first checkpoints
             if key not in free and before[section].get(key) != value
         ]
         if different:

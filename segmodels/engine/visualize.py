@@ -66,6 +66,7 @@ def sheet(
     colors: np.ndarray,
     *,
     cell: int = 360,
+    titles: tuple[str, str, str] = ("image", "truth", "prediction"),
 ) -> np.ndarray:
     """Rows of image | truth | prediction with a header and the legend below.
 
@@ -73,13 +74,14 @@ def sheet(
         rows: (image ``[H, W, 3]``, truth ``[H, W]``, prediction ``[H, W]``), of any sizes.
         classes, colors: of the data set.
         cell: width of one picture.
+        titles: of the columns.
     """
     if not rows:
         raise ValueError("sheet: expected one row or more")
     gap = 4
     width = 3 * cell + 2 * gap
     header = np.full((24, width, 3), 255, np.uint8)
-    for column, text in enumerate(("image", "truth", "prediction")):
+    for column, text in enumerate(titles):
         cv2.putText(header, text, (column * (cell + gap) + 4, 17), _FONT, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
     parts = [header]
     for image, truth, prediction in rows:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segmodels.backbones.published import CAFFE_MEAN, VGG16_LAYERS, renamed_layers
 from segmodels.backbones.resnet import DEPTHS
+from segmodels.backbones.surgery import CAFFE_MEAN, VGG16_LAYERS, renamed_layers
 from segmodels.models.deeplabv1 import BRANCH_STRIDES
 from segmodels.readers.published import Published
 

@@ -15,6 +15,11 @@ void emulated_schedule(int kind, uint32_t seed) {
   atrous::emulation::set_schedule(static_cast<atrous::emulation::Schedule>(kind), seed);
 }
 
+// Counts launches from here on: all, and those on another stream than this.
+void emulated_expect_stream(const void* stream) { atrous::emulation::Streams::get() = {stream}; }
+int64_t emulated_launches() { return atrous::emulation::Streams::get().launches; }
+int64_t emulated_launches_elsewhere() { return atrous::emulation::Streams::get().elsewhere; }
+
 const char* emulated_conv2d(const Conv2dShape* shape, int64_t dtype, int depthwise, const ConstTensor* input,
                             const ConstTensor* weight, const void* bias, const MutableTensor* output) {
   return guarded([&] {

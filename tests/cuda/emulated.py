@@ -27,13 +27,15 @@ BINDINGS = sorted((ROOT / "csrc" / "cuda").glob("*_ops.cpp"))
 TORCH = Path(torch.__file__).parent
 STABLE_ABI = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(TORCH / "include")]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-# Few blocks per launch: each then takes several pieces of work, as on a GPU only beyond 2^31 pieces.
+# Few blocks per launch: each then takes several pieces of work, as on a GPU only beyond 2^31 pieces. And few tiles are enough
+# for the large ones.
 FLAGS = [
     "-std=c++17",
     "-O2",
     "-fPIC",
     *WARNINGS,
     "-DATROUS_MAX_BLOCKS=5",
+    "-DATROUS_ENOUGH_TILES=2",
     f"-I{ROOT / 'csrc'}",
     f"-I{ROOT / 'csrc/include'}",
 ]
@@ -107,14 +109,14 @@ def ops(checked: bool = False) -> Any:
 
 @contextmanager
 def as_cuda_backend(*names: str) -> Iterator[None]:
-    """Within the block, ``backend="cuda"`` of these ops runs the emulated kernels on CPU tensors."""
+    """Within the block, ``backend="cuda"`` and ``"tensor_core"`` of these ops run the emulated kernels on CPU tensors."""
     native, implementations = torch.ops.atrous_native, dispatch._implementations
     before = {name: implementations[name] for name in names}
     dispatch.forget()
     torch.ops.atrous_native = ops()
     for name in names:
         implementations[name] = [
-            replace(one, can_run=lambda problem: None) if one.name == "cuda" else one for one in before[name]
+            replace(one, can_run=lambda problem: None) if one.name in ("cuda", "tensor_core") else one for one in before[name]
         ]
     try:
         yield

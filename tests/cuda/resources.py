@@ -25,6 +25,7 @@ _ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\S+)'")
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
+_TILE = re.compile(r"TileShape<(\d+), (\d+),")
 
 
 def nvcc() -> str | None:
@@ -63,7 +64,16 @@ def parse(report: str) -> dict[str, Any]:
         if found := _USED.search(line):
             shared = _SHARED.search(line)
             entry.update(registers=int(found[1]), shared_bytes=int(shared[1]) if shared else 0)
+    for kernel, architectures in kernels.items():
+        if tile := _TILE.search(kernel):
+            for entry in architectures.values():
+                entry["dynamic_shared_bytes"] = dynamic_shared_bytes(int(tile[1]), int(tile[2]))
     return dict(sorted(kernels.items()))
+
+
+def dynamic_shared_bytes(rows: int, columns: int) -> int:
+    """What a launch asks for, which the compiler does not see: four stages of 64 bytes for each row and column of a tile."""
+    return 4 * 64 * (rows + columns)
 
 
 def readable(symbol: str) -> str:

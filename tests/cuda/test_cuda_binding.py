@@ -58,12 +58,61 @@ def test_layout_of_results_follows_the_framework(ops: Any) -> None:
         assert ops.conv2d(a, b, None, *geometry).stride() == framework_conv2d(a, b, None, *geometry).stride()
 
 
-def test_the_device_guard_is_released(ops: Any) -> None:
+def _calls(ops: Any) -> dict[str, Any]:
+    x, w, depthwise = torch.randn(1, 4, 6, 6), torch.randn(4, 4, 3, 3), torch.randn(4, 1, 3, 3)
+    calls = {}
+    for name, weight, groups in (("", w, 1), ("depthwise ", depthwise, 4)):
+        geometry = ([1, 1], [2, 2], [2, 2], groups)
+        calls[f"{name}conv2d"] = lambda weight=weight, geometry=geometry: ops.conv2d(x, weight, None, *geometry)
+        calls[f"{name}conv2d_input"] = lambda weight=weight, geometry=geometry: ops.conv2d_input(x.shape, weight, x, *geometry)
+        calls[f"{name}conv2d_weight"] = lambda weight=weight, geometry=geometry: ops.conv2d_weight(x, weight.shape, x, *geometry)
+    target, ones, bins = torch.zeros(1, 12, 12, dtype=torch.int64), torch.ones(4), [1, 1, 2, 2]
+    calls["upsample_argmax"] = lambda: ops.upsample_argmax(x, [12, 12], False)
+    calls["upsample_cross_entropy"] = lambda: ops.upsample_cross_entropy(x, target, ones, None, 255, 0.0, False, False, True)
+    for maximum in (False, True):
+        calls[f"pyramid_pool {maximum}"] = lambda maximum=maximum: ops.pyramid_pool(x, bins, maximum)
+        pooled, index = ops.pyramid_pool(x, bins, maximum)
+        calls[f"pyramid_pool_input {maximum}"] = lambda maximum=maximum, pooled=pooled, index=index: ops.pyramid_pool_input(
+            pooled, index, x.shape, bins, maximum, False
+        )
+    return calls
+
+
+def test_every_launch_is_on_the_current_stream_of_a_guarded_device(ops: Any) -> None:
+    binding, kernels = ctypes.CDLL(str(emulated.binding_library())), ctypes.CDLL(str(emulated.kernel_library()))
+    kernels.emulated_launches.restype = kernels.emulated_launches_elsewhere.restype = ctypes.c_int64
+    stream = ctypes.c_void_p.in_dll(binding, "binding_stream")
+
+    def counted(name: str) -> int:
+        return ctypes.c_int64.in_dll(binding, f"binding_{name}").value
+
+    for name, call in _calls(ops).items():
+        before = counted("guards_opened")
+        stream.value = 0x5EED
+        kernels.emulated_expect_stream(ctypes.c_void_p(0x5EED))
+        try:
+            call()
+        finally:
+            stream.value = None
+        assert kernels.emulated_launches() > 0, name
+        assert kernels.emulated_launches_elsewhere() == 0, name
+        assert counted("guards_opened") == counted("guards_closed") == before + 1, name
+        assert counted("unguarded_streams") == 0, name
+
+
+def test_the_device_guard_is_released_by_an_error(ops: Any) -> None:
     library = ctypes.CDLL(str(emulated.binding_library()))
     counters = [ctypes.c_int64.in_dll(library, f"binding_guards_{name}") for name in ("opened", "closed")]
-    before = counters[0].value
-    ops.conv2d(torch.randn(1, 1, 3, 3), torch.randn(1, 1, 1, 1), None, [1, 1], [0, 0], [1, 1], 1)
-    assert counters[0].value == counters[1].value == before + 1
+    with pytest.raises(RuntimeError):
+        ops.conv2d(torch.zeros(1, 1, 3, 3), torch.zeros(1, 1, 5, 5), None, [1, 1], [0, 0], [1, 1], 1)
+    assert counters[0].value == counters[1].value
+
+
+@pytest.mark.parametrize("binding", emulated.BINDINGS, ids=lambda path: path.stem)
+def test_every_op_has_a_guard_and_the_framework_s_memory(binding: Path) -> None:
+    text = binding.read_text()
+    assert text.count("DeviceGuard guard(") >= text.count("m.impl(") > 0
+    assert "cudaMalloc" not in text
 
 
 GOOD = dict(

@@ -206,6 +206,13 @@ def _losses(ops: Any, classes: int) -> None:
         ops.upsample_argmax(x, [17, 37], True)
 
 
+def _lattices(ops: Any, dimensions: int) -> None:
+    *arrays, _ = ops.permutohedral_lattice(torch.rand(2, 300, dimensions) * 0.4)  # vertices of few points, and of many
+    rows = torch.randn(600, 3)
+    ops.permutohedral_filter(rows, *arrays, False)
+    ops.permutohedral_filter_weights(rows, rows, *arrays, True)
+
+
 @pytest.mark.parametrize(
     ("kernels", "argument"),
     [
@@ -216,8 +223,9 @@ def _losses(ops: Any, classes: int) -> None:
         (_pyramid, True),
         (_losses, 5),
         (_losses, 35),
+        (_lattices, 2),
     ],
-    ids=["dense", "depthwise", "depthwise, ragged", "averages", "maxima", "losses", "losses of many classes"],
+    ids=["dense", "depthwise", "depthwise, ragged", "averages", "maxima", "losses", "losses of many classes", "lattices"],
 )
 def test_the_library_has_no_races(kernels: Any, argument: Any) -> None:
     """Blocks take several pieces of work here, so arrays are used again as on a GPU with more work than blocks."""

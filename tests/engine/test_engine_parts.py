@@ -20,7 +20,7 @@ from segmodels.engine.metrics import ConfusionMatrix
 from segmodels.engine.optim import ModelEma, build_optimizer, parameter_groups
 from segmodels.engine.schedules import PolySchedule
 from segmodels.engine.visualize import colorize, legend, overlay, sheet, write_png
-from segmodels.refine import DenseCRF, unary_from_probabilities
+from segmodels.refine import CRFRNN, DenseCRF, DomainTransform, unary_from_probabilities
 
 
 class Pointwise(nn.Module):
@@ -288,16 +288,28 @@ def test_predictor_takes_and_refuses_images() -> None:
         Predictor(Pointwise(), scales=[0])
 
 
-def test_predictor_refines_by_the_image() -> None:
+@pytest.mark.parametrize("refine", ["crf", "crf_rnn", "crf_rnn, trained", "dt"])
+def test_predictor_refines_by_the_image(refine: str, tmp_path) -> None:
     image = np.random.default_rng(0).integers(0, 256, (8, 10, 3), dtype=np.uint8)
-    config, _ = load_config(overrides=["eval.refine=crf", "eval.crf=[5,20,10,3,3]"])
     model = Pointwise().eval()
+    layer = CRFRNN(3).eval()
+    settings = {"crf": ["eval.crf=[5,20,10,3,3]"], "dt": ["eval.dt=[5,200]"]}.get(refine, [])
+    if refine == "crf_rnn, trained":
+        with torch.no_grad():
+            layer.spatial_weight.mul_(-2)
+        torch.save(layer.state_dict(), tmp_path / "layer.pth")
+        settings = [f"eval.crf_rnn={tmp_path / 'layer.pth'}"]
+    config, _ = load_config(overrides=[f"eval.refine={refine.split(',')[0]}", *settings])
     predictor = build_predictor(config, model, torch.device("cpu"))
     tensor, _ = to_tensor(image, np.zeros((8, 10), np.uint8), predictor.mean, predictor.std)
-    unary = unary_from_probabilities(predictor.probabilities(tensor[None]))
-    crf = DenseCRF(w1=5, sigma_alpha=20, sigma_beta=10, w2=3, sigma_gamma=3)
-    expected = crf(unary, torch.from_numpy(image).permute(2, 0, 1)[None]).argmax(1)[0]
-    assert np.array_equal(predictor(image), expected.numpy())
+    probabilities = predictor.probabilities(tensor[None])
+    unary, colours = unary_from_probabilities(probabilities), torch.from_numpy(image).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        refined = {
+            "crf": lambda: DenseCRF(w1=5, sigma_alpha=20, sigma_beta=10, w2=3, sigma_gamma=3)(unary, colours),
+            "dt": lambda: DomainTransform(5, 200)(probabilities, colours),
+        }.get(refine, lambda: layer(-unary, colours))()
+    assert np.array_equal(predictor(image), refined.argmax(1)[0].numpy())
 
 
 def test_pictures(tmp_path) -> None:

@@ -12,7 +12,7 @@ from segmodels import create_model
 from segmodels.backbones import VGG16, AlexNet, GoogLeNet
 from segmodels.backbones.caffemodel import read_caffemodel
 from segmodels.backbones.googlenet import INCEPTIONS
-from segmodels.backbones.published import subsampled
+from segmodels.backbones.surgery import subsampled
 from segmodels.backbones.weights import load_backbone, read_state_dict
 
 VGG = [f"conv{stage}_{i}" for stage, count in ((1, 2), (2, 2), (3, 3), (4, 3), (5, 3)) for i in range(1, count + 1)]
@@ -319,9 +319,11 @@ def test_misfits_of_a_classification_file_are_named():
     state = torchvision_vgg16(1 / 16)
     state["features.30.weight"] = state.pop("features.28.weight")
     state["features.5.bias"] = torch.zeros(3)
+    state["classifier.0.weight"] = state["classifier.0.weight"][:, :-1]
     with pytest.raises(ValueError, match=r"vgg16\.pth does not fit VGG16") as error:
         load_backbone(VGG16(fc6="fcn", width_mult=1 / 16), state, "vgg16.pth")
-    for text in ("missing features.28.weight", "unexpected features.30.weight", "features.5.bias has shape [3], expected [8]"):
+    for text in ("missing features.28.weight", "unexpected features.30.weight", "features.5.bias has shape [3], expected [8]",
+                 "fc6.weight has shape [256, 1567], expected [256, 32, 7, 7]"):  # fmt: skip
         assert text in str(error.value)
 
 

@@ -181,6 +181,34 @@ def far_target(folder: str, dim: int, stride: int, like: Tensor, name: str, *arg
         kernels.new_tensor = allocate
 
 
+def tuned(problem: Any, configs: list[tuple[int, ...]]) -> tuple[dict[Any, float], dict[str, str], str | None]:
+    """The tuner's times and rejections of ``configs`` on the CPU, and what it says of a wrong result."""
+    from atrous_kernels import tune
+
+    _kernels()
+
+    class Stopwatch:
+        def __init__(self, device: torch.device) -> None: ...
+
+        def seconds(self, call: Any) -> float:
+            call()
+            return 1.0
+
+    tune.Stopwatch, tune.ROUNDS = Stopwatch, 1  # type: ignore[misc]
+    device = torch.device("cpu")
+    totals: dict[Any, float] = {}
+    reasons: dict[str, str] = {}
+    for task in tune.tasks([problem]):
+        times, rejected = tune.measured(task, configs, device)
+        reasons |= rejected
+        for config, seconds in times.items():
+            totals[config] = totals.get(config, 0) + seconds
+    tensors = tune.operands(problem, device)
+    expected = tune.truth("conv2d", problem, tensors)
+    expected[0, 0, 0, 0] += 1
+    return totals, reasons, tune.wrong("conv2d", problem, tensors, expected)
+
+
 def second_derivatives(backend: str) -> list[float]:
     """Norms of the gradients of a norm of the gradients of a training step."""
     import atrous_kernels as ak
@@ -277,3 +305,23 @@ def opcheck_aspp() -> None:
     vector = torch.rand(6) + 0.5
     plain = [weight.detach() for weight in weights]
     torch.library.opcheck(aspp_branches_act, (x.detach(), plain, [2, 2, 1, 1], vector, None, vector, vector, 1e-5, "relu"))
+
+
+def transformed(x: Tensor, edge: Tensor, numbers: tuple[Any, ...], upstream: Tensor) -> list[Tensor]:
+    """The public ``domain_transform`` and the gradients of input and edge with ``backend="triton"``."""
+    import atrous_kernels as ak
+
+    _kernels()
+    operands = [x.requires_grad_(), edge.requires_grad_()]
+    out = ak.domain_transform(*operands, *numbers, backend="triton")
+    return [out.detach(), *torch.autograd.grad(out, operands, upstream)]
+
+
+def far_transformed(folder: str, dim: int, stride: int, x: Tensor, edge: Tensor, grad: Tensor) -> list[Tensor]:
+    """The same where the input spans more than 2**31 elements along ``dim``."""
+    from atrous_kernels.triton import domain_transform
+
+    _kernels()
+    far, numbers = far_apart(folder, x, dim, stride), (4.0, 1.0, 1)
+    out = domain_transform.domain_transform(far, edge, *numbers)
+    return [out, *domain_transform.domain_transform_backward(grad, far, edge, *numbers)]

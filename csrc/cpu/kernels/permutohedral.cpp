@@ -170,7 +170,54 @@ template <class T> inline void softmax(T* row, int64_t padded) {
   for (int64_t c = 0; c < padded; c += n) store(row + c, load(row + c) * factor);
 }
 
-template <class T> void mean_field(const MeanFieldRows<T>& rows) {
+// Minus the energies of one row, at the given positions.
+template <int width, int parts, class T>
+inline void exponents(const MeanFieldRows<T>& rows, int64_t r, const int64_t* at, Part<T, width>* sum) {
+#pragma GCC unroll 4
+  for (int i = 0; i < parts; ++i) sum[i] = -load_part<width>(rows.unary + r * rows.channels + at[i]);
+  for (int64_t p = 0; p < rows.count; ++p) {
+    const auto& part = rows.parts[p];
+    const int32_t* const index = part.index + r * part.terms;
+    const T* const weight = part.weight + r * part.terms;
+    Part<T, width> filtered[parts] = {};
+    for (int64_t k = 0; k < part.terms; ++k) {
+      const T* const src = part.src + static_cast<int64_t>(index[k]) * rows.channels;
+#pragma GCC unroll 4
+      for (int i = 0; i < parts; ++i) filtered[i] += load_part<width>(src + at[i]) * weight[k];
+    }
+    const T scale = part.scale ? part.scale[r] : 1;
+#pragma GCC unroll 4
+    for (int i = 0; i < parts; ++i) sum[i] += filtered[i] * scale;
+  }
+}
+
+// Rows of `parts` whole vectors, the last of which may overlap the one before, without leaving the registers.
+template <int parts, class T> void mean_field_in_registers(const MeanFieldRows<T>& rows) {
+  constexpr int n = lanes<T>;
+  int64_t at[parts];
+  for (int i = 0; i < parts; ++i) at[i] = i + 1 < parts ? i * n : rows.channels - n;
+  Vec<T> once{};  // 1 where a lane of the last vector is not in the one before
+  for (int i = 0; i < n; ++i) once[i] = at[parts - 1] + i >= (parts - 1) * n;
+  for (int64_t r = rows.first; r < rows.last; ++r) {
+    Vec<T> x[parts];
+    exponents<n, parts>(rows, r, at, x);
+    Vec<T> largest = x[0], sum{};
+#pragma GCC unroll 4
+    for (int i = 1; i < parts; ++i) largest = x[i] > largest ? x[i] : largest;
+    largest = largest_of_lanes<n / 2, T>(largest);
+#pragma GCC unroll 4
+    for (int i = 0; i < parts; ++i) {
+      x[i] = exp_vector<T>(x[i] - largest);
+      sum += i + 1 < parts ? x[i] : x[i] * once;
+    }
+    const Vec<T> factor = 1 / sum_of_lanes<n / 2, T>(sum);
+#pragma GCC unroll 4
+    for (int i = 0; i < parts; ++i) store(rows.dst + r * rows.channels + at[i], x[i] * factor);
+  }
+}
+
+// Rows of any length, through the scratch memory.
+template <class T> void mean_field_in_memory(const MeanFieldRows<T>& rows) {
   constexpr int n = lanes<T>;
   const int64_t channels = rows.channels, padded = (channels + n - 1) / n * n;
   for (int64_t from = rows.first; from < rows.last; from += mean_field_rows) {
@@ -178,32 +225,30 @@ template <class T> void mean_field(const MeanFieldRows<T>& rows) {
     for (int64_t i = 0; i < count; ++i)  // overwritten below but for the pads
       store(rows.scratch + i * padded + padded - n, Vec<T>{} - static_cast<T>(__builtin_inf()));
     over_row<T>(channels, [&]<int width, int parts>(const int64_t* at) {
-      for (int64_t r = from; r < from + count; ++r) {
+      for (int64_t i = 0; i < count; ++i) {
         Part<T, width> sum[parts];
+        exponents<width, parts>(rows, from + i, at, sum);
 #pragma GCC unroll 4
-        for (int i = 0; i < parts; ++i) sum[i] = -load_part<width>(rows.unary + r * channels + at[i]);
-        for (int64_t p = 0; p < rows.count; ++p) {
-          const auto& part = rows.parts[p];
-          const T scale = part.scale ? part.scale[r] : 1;
-          for (int64_t k = r * part.terms; k < (r + 1) * part.terms; ++k) {
-            const T* src = part.src + static_cast<int64_t>(part.index[k]) * channels;
-            const T weight = part.weight[k] * scale;
-#pragma GCC unroll 4
-            for (int i = 0; i < parts; ++i) sum[i] += load_part<width>(src + at[i]) * weight;
-          }
-        }
-#pragma GCC unroll 4
-        for (int i = 0; i < parts; ++i) store_part<width>(rows.scratch + (r - from) * padded + at[i], sum[i]);
+        for (int k = 0; k < parts; ++k) store_part<width>(rows.scratch + i * padded + at[k], sum[k]);
       }
     });
     for (int64_t i = 0; i < count; ++i) softmax(rows.scratch + i * padded, padded);
     over_row<T>(channels, [&]<int width, int parts>(const int64_t* at) {
-      for (int64_t r = from; r < from + count; ++r)
+      for (int64_t i = 0; i < count; ++i)
 #pragma GCC unroll 4
-        for (int i = 0; i < parts; ++i)
-          store_part<width>(rows.dst + r * channels + at[i], load_part<width>(rows.scratch + (r - from) * padded + at[i]));
+        for (int k = 0; k < parts; ++k)
+          store_part<width>(rows.dst + (from + i) * channels + at[k], load_part<width>(rows.scratch + i * padded + at[k]));
     });
   }
+}
+
+template <class T> void mean_field(const MeanFieldRows<T>& rows) {
+  const int64_t vectors = rows.channels < lanes<T> ? 0 : (rows.channels + lanes<T> - 1) / lanes<T>;
+  if (vectors == 1) return mean_field_in_registers<1>(rows);
+  if (vectors == 2) return mean_field_in_registers<2>(rows);
+  if (vectors == 3) return mean_field_in_registers<3>(rows);
+  if (vectors == 4) return mean_field_in_registers<4>(rows);
+  mean_field_in_memory(rows);
 }
 
 template <class T> PermutohedralKernels<T> kernels_of() {

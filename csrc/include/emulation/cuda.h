@@ -410,6 +410,21 @@ inline void set_schedule(Schedule schedule, uint32_t seed = 0) {
   Machine::get().schedule_seed = seed;
 }
 
+// Streams do nothing here, but a test can ask whether every launch was given the one it expects.
+struct Streams {
+  const void* expected = nullptr;
+  int64_t launches = 0, elsewhere = 0;
+
+  static Streams& get() {
+    static Streams streams;
+    return streams;
+  }
+  void note(const void* stream) {
+    ++launches;
+    if (stream != expected) ++elsewhere;
+  }
+};
+
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Arguments&&... arguments) {
   Machine& machine = Machine::get();
@@ -487,4 +502,19 @@ Value __shfl_up_sync(unsigned mask, Value value, unsigned delta, int width = 32,
   const int lane = ::atrous::emulation::Machine::get().lane();
   const int source = lane - static_cast<int>(delta);
   return ::atrous::emulation::shuffle(mask, value, source < (lane & ~(width - 1)) ? lane : source, {file, line});
+}
+
+// Threads are fibres of one thread: nothing comes between a reading and its writing.
+template <typename Value>
+Value atomicCAS(Value* at, Value expected, Value desired) {
+  const Value before = *at;
+  if (before == expected) *at = desired;
+  return before;
+}
+
+template <typename Value>
+Value atomicMin(Value* at, Value value) {
+  const Value before = *at;
+  if (value < before) *at = value;
+  return before;
 }

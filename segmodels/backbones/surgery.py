@@ -1,4 +1,4 @@
-"""Published classification weights of the networks before ResNet, brought to the form that the systems need."""
+"""Net surgery: published classification weights of the networks before ResNet in the form that the systems need."""
 
 from __future__ import annotations
 
@@ -53,9 +53,10 @@ def widen_input(weight: Tensor, channels: int) -> Tensor:
 
 
 def as_convolution(weight: Tensor, kernel: int) -> Tensor:
-    """A fully connected layer on maps of ``kernel`` x ``kernel`` as a convolution; convolutions stay."""
-    flat = weight.reshape(weight.shape[-2], weight.shape[-1]) if weight.shape[:2] == (1, 1) or weight.dim() == 2 else None
-    return weight if flat is None else flat.reshape(flat.shape[0], -1, kernel, kernel)
+    """A fully connected layer on maps of ``kernel`` x ``kernel`` as a convolution; whatever else it is stays."""
+    if (weight.dim() != 2 and weight.shape[:2] != (1, 1)) or weight.shape[-1] % kernel**2:
+        return weight
+    return weight.reshape(weight.shape[-2], -1, kernel, kernel)
 
 
 def subsampled(fc6: tuple[Tensor, Tensor], fc7: tuple[Tensor, Tensor], channels: int, kernel: int) -> list[Tensor]:
@@ -64,9 +65,12 @@ def subsampled(fc6: tuple[Tensor, Tensor], fc7: tuple[Tensor, Tensor], channels:
     DeepLab v1 (on the field of view): a 7x7 kernel keeps taps 0, 2, 4, 6 as 4x4 and 0, 3, 6 as 3x3. The draw is always the same.
 
     Returns:
-        Weight and bias of fc6, weight and bias of fc7.
+        Weight and bias of fc6, weight and bias of fc7; as they came where they are not two such layers.
     """
     (weight6, bias6), (weight7, bias7) = fc6, fc7
+    filters = len(bias6)
+    if weight6.dim() != 4 or len(weight6) != filters or weight7.shape != (len(bias7), filters, 1, 1):
+        return [weight6, bias6, weight7, bias7]
     if weight6.shape[0] > channels:
         generator = torch.Generator().manual_seed(0)
         first, second = (torch.randperm(n, generator=generator)[:channels].sort()[0] for n in (len(bias6), len(bias7)))
