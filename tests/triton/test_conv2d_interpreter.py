@@ -44,8 +44,8 @@ PROBLEMS = {
 # float32 runs everything, some of it in both layouts; the other dtypes differ in loads, stores and rounding only.
 CONTIGUOUS = ("dense", "blocks", "strides 2 and 3", "groups", "depthwise", "depthwise, multiplier 3", "split sum")
 EXACT = [(name, torch.float32, last) for name in PROBLEMS for last in (False, True) if last or name in CONTIGUOUS]
-# Weights come through tensor descriptors.
-EXACT += [(f"vectors in {what}", dtype, True) for what in ("blocks", "groups") for dtype in (torch.bfloat16, torch.float16)]
+# Weights come through tensor descriptors. Sums over many channels exceed what bfloat16 holds exactly, and the interpreter cuts.
+EXACT += [("vectors in blocks", torch.float16, True), *(("vectors in groups", t, True) for t in (torch.bfloat16, torch.float16))]
 EXACT += [(name, dtype, last) for name in ("vectors", "groups", "strides 2 and 3", "depthwise") for dtype, last in (
     (torch.bfloat16, True), (torch.float16, False))]  # fmt: skip
 
