@@ -44,7 +44,7 @@ def test_cost_of_a_call(benchmark: Any, case: str) -> None:
         return lambda: function(x, w)
 
     calls = {
-        "choice": _batch(lambda: conv2d_op._pick("conv2d", "auto", x.shape, w.shape, GEOMETRY, x, False), training),
+        "choice": _batch(lambda: conv2d_op.pick("conv2d", "auto", x.shape, w.shape, GEOMETRY, x, False), training),
         "ours auto": _batch(whole(ak.conv2d), training),
         "ours cpu": _batch(whole(lambda x, w: ak.conv2d(x, w, backend="cpu")), training),
         "ours torch": _batch(whole(lambda x, w: ak.conv2d(x, w, backend="torch")), training),

@@ -197,6 +197,23 @@ pixels, as at rate 18, tiles make no difference.
 """
 
 
+def dispatch_section() -> str:
+    result = load("dispatch_cpu.json")
+    if result is None:
+        return ""
+    rows: Rows = [benchmark["extra_info"] for benchmark in result["benchmarks"]]
+    names = ["choice", "ours auto", "ours cpu", "ours torch", "torch"]
+    cells = [[row["case"], *(f"{1e3 * row['candidates'][name]['p50_ms']:.1f}" for name in names)] for row in rows]
+    return f"""## What a call costs
+
+{machine_line(result)}
+
+Microseconds of a call on a problem of next to no arithmetic, in a loop, and of the choice of an implementation alone.
+
+{table(["case", *names], cells)}
+"""
+
+
 def fuzz_section() -> str:
     result = load("fuzz.json")
     if result is None:
@@ -411,7 +428,7 @@ def page() -> str:
     if models:
         sections.append(models_section(models))
     sections += [op_section(op, title) for op, title in OPS.items()]
-    sections += [errors_section(), fuzz_section(), training_section(), published_section(), weak_section()]
+    sections += [dispatch_section(), errors_section(), fuzz_section(), training_section(), published_section(), weak_section()]
     sections += [kernels_section(), plan_section()]
     return "\n".join(section for section in sections if section)
 
