@@ -16,7 +16,7 @@ from atrous_kernels import dispatch, native
 from atrous_kernels.dispatch import Implementation
 from atrous_kernels.ops import conv2d as conv
 from atrous_kernels.ops import winograd
-from atrous_kernels.ops.conv_bn_act import NATIVE_DTYPES
+from atrous_kernels.ops.conv_bn_act import NATIVE_DTYPES, always, cpu_can_run, last_resort
 from atrous_kernels.problem import ConvProblem
 from atrous_kernels.reference import conv2d as reference_conv2d
 from atrous_kernels.reference import conv_bn_relu as reference
@@ -98,22 +98,6 @@ def _reference(input: Tensor, weight: Tensor, *geometry: Any) -> tuple[Tensor, T
     return output, *reference.batch_norm_statistics(output)
 
 
-def _always(problem: ConvProblem) -> None:
-    return None
-
-
-def _last_resort(problem: ConvProblem) -> str:
-    return "plain PyTorch, tap by tap: for checking, not for speed"
-
-
-def _cpu_can_run(problem: ConvProblem) -> str | None:
-    if problem.device_type != "cpu":
-        return f"runs on the CPU, not on {problem.device_type}"
-    if problem.dtype not in NATIVE_DTYPES:
-        return f"{problem.dtype} is not one of {', '.join(map(str, NATIVE_DTYPES))}"
-    return native.cpu_missing()
-
-
 def _loses_as_conv2d(name: str) -> Callable[[ConvProblem], str | None]:
     return next(i.loses for i in dispatch.implementations("conv2d") if i.name == name)
 
@@ -122,9 +106,9 @@ dispatch.register(
     "conv2d_statistics",
     [
         Implementation("winograd", _winograd, winograd.can_run, _loses_as_conv2d("winograd")),
-        Implementation("cpu", _cpu, _cpu_can_run, _loses_as_conv2d("cpu")),
+        Implementation("cpu", _cpu, cpu_can_run, _loses_as_conv2d("cpu")),
         Implementation("triton", triton.conv2d_statistics, triton_can_run, conv.gpu_unmeasured),
-        Implementation("torch", _framework, _always, _always),
-        Implementation("reference", _reference, _always, _last_resort),
+        Implementation("torch", _framework, always, always),
+        Implementation("reference", _reference, always, last_resort),
     ],
 )

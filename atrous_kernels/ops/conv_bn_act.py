@@ -167,7 +167,7 @@ def _reference(
 NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
-def _cpu_can_run(problem: ConvProblem) -> str | None:
+def cpu_can_run(problem: ConvProblem) -> str | None:
     if problem.device_type != "cpu":
         return f"runs on the CPU, not on {problem.device_type}"
     if problem.dtype not in NATIVE_DTYPES:
@@ -175,11 +175,11 @@ def _cpu_can_run(problem: ConvProblem) -> str | None:
     return native.cpu_missing()
 
 
-def _always(problem: ConvProblem) -> None:
+def always(problem: ConvProblem) -> None:
     return None
 
 
-def _last_resort(problem: ConvProblem) -> str:
+def last_resort(problem: ConvProblem) -> str:
     return "plain PyTorch, tap by tap: for checking, not for speed"
 
 
@@ -197,9 +197,9 @@ dispatch.register(
     "conv_bn_act",
     [
         Implementation("winograd", _winograd, winograd.can_run, _winograd_loses),
-        Implementation("cpu", _cpu, _cpu_can_run, _cpu_loses),
+        Implementation("cpu", _cpu, cpu_can_run, _cpu_loses),
         Implementation("triton", _triton, triton_can_run, conv.gpu_unmeasured),
-        Implementation("torch", _framework, _always, _always),
-        Implementation("reference", _reference, _always, _last_resort),
+        Implementation("torch", _framework, always, always),
+        Implementation("reference", _reference, always, last_resort),
     ],
 )
