@@ -1,6 +1,9 @@
 // exp and log of whole vectors. Included only by the files of kernels/, after vec.h.
 
 template <class T> using Int = Vec<typename IndexOf<T>::type>;
+template <class T> struct WordOf { using type = uint32_t; };
+template <> struct WordOf<double> { using type = uint64_t; };
+template <class T> using Word = Vec<typename WordOf<T>::type>;  // whose sums may wrap, as those of NaN's bits do
 
 template <class T> struct FloatFormat;
 template <> struct FloatFormat<float> {
@@ -31,7 +34,7 @@ template <class T> inline Vec<T> exp_vector(Vec<T> x) {
   Vec<T> p = Vec<T>{} + static_cast<T>(reciprocal_factorial(F::exp_degree));
 #pragma GCC unroll 16
   for (int k = F::exp_degree - 1; k >= 0; --k) p = p * r + static_cast<T>(reciprocal_factorial(k));
-  return (Vec<T>)((Int<T>)p + ((Int<T>)shifted << F::fraction_bits));
+  return (Vec<T>)((Word<T>)p + ((Word<T>)shifted << F::fraction_bits));
 }
 
 // log(x) for normal x: x = 2^k * f, f in [sqrt(1/2), sqrt(2)); log f = 2 artanh(t), t = (f - 1) / (f + 1), |t| < 0.172. The
@@ -39,8 +42,8 @@ template <class T> inline Vec<T> exp_vector(Vec<T> x) {
 template <class T> inline Vec<T> log_vector(Vec<T> x) {
   using F = FloatFormat<T>;
   const Vec<T> half_root = Vec<T>{} + static_cast<T>(0.70710678118654752440);
-  const Int<T> k = ((Int<T>)x - (Int<T>)half_root) >> F::fraction_bits;
-  const Vec<T> f = (Vec<T>)((Int<T>)x - (k << F::fraction_bits));
+  const Int<T> k = (Int<T>)((Word<T>)x - (Word<T>)half_root) >> F::fraction_bits;
+  const Vec<T> f = (Vec<T>)((Word<T>)x - ((Word<T>)k << F::fraction_bits));
   const Vec<T> t = (f - 1) / (f + 1), square = t * t;
   Vec<T> p{};
 #pragma GCC unroll 16
