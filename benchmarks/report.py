@@ -9,55 +9,16 @@ import argparse
 import json
 import subprocess
 import sys
-from math import exp, log
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+from benchmarks.report_networks import models_section, published_section, training_section, weak_section
+from benchmarks.report_parts import RESULTS, ROOT, Rows, best, fastest, geomean, load, machine_line, milliseconds, ratio, table
+
 PAGE = ROOT / "docs" / "results.md"
 IMAGES = ROOT / "docs" / "images"
 README = ROOT / "README.md"
 EXPLAINED = "conv2d --input 1,2048,33,33 --weight 256,2048,3,3 --padding 12 --dilation 12"
-
-Rows = list[dict[str, Any]]
-
-
-def load(name: str) -> dict[str, Any] | None:
-    path = RESULTS / name
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def geomean(values: list[float]) -> float:
-    return exp(sum(map(log, values)) / len(values)) if values else float("nan")
-
-
-def best(row: dict[str, Any], *prefixes: str) -> float:
-    """The smallest median among the candidates whose names begin so."""
-    return min(t["p50_ms"] for name, t in row["candidates"].items() if name.startswith(prefixes))
-
-
-def ratio(row: dict[str, Any]) -> float:
-    """Best of the framework's settings over our automatic choice: above 1, we are faster."""
-    return best(row, "torch") / best(row, "ours auto")
-
-
-def milliseconds(value: float) -> str:
-    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
-
-
-def machine_line(result: dict[str, Any]) -> str:
-    machine, commit = result["machine_info"], result["commit_info"]
-    return (
-        f"{machine['cpu']['brand_raw']}, {machine['threads']} threads, {machine['instruction_set']}; torch {machine['torch']}, "
-        f"Python {machine['python']}; commit `{commit['id'][:10]}`{' with changes' if commit.get('dirty') else ''}, "
-        f"{result['datetime'][:10]}."
-    )
 
 
 def convolution_section(result: dict[str, Any]) -> str:
@@ -112,13 +73,6 @@ OPS = {
     "dense_crf": "Dense CRF",
     "domain_transform": "Domain transform",
 }
-
-
-def fastest(row: dict[str, Any], ours: bool) -> tuple[str, float]:
-    """Name and median of the fastest of our candidates, or of everybody else's."""
-    times = {name: t["p50_ms"] for name, t in row["candidates"].items() if name.startswith("ours") == ours}
-    name = min(times, key=times.__getitem__)
-    return name, times[name]
 
 
 def op_section(op: str, title: str) -> str:
@@ -223,133 +177,6 @@ def fuzz_section() -> str:
     for run in result["runs"]:
         rows.append([run["op"], run["isa"], f"{run['problems']:,}", str(run["mismatches"]), f"`{run['commit'][:10]}`"])
     return f"## Random problems against exact answers\n\n`python -m tests.fuzz`.\n\n{table(header, rows)}\n"
-
-
-def models_section(result: dict[str, Any]) -> str:
-    rows: Rows = [benchmark["extra_info"] for benchmark in result["benchmarks"]]
-    names = ["torch contiguous", "torch channels_last", "torch.compile frozen", "ONNX Runtime", "OpenVINO"]
-    names += ["ours auto contiguous", "ours auto channels_last"]
-    cells = []
-    for row in rows:
-        found = row["candidates"]
-        of_all = fastest(row, False)[1] / fastest(row, True)[1]
-        speeds = [f"{found[name]['images_per_second']:.2f}" if name in found else "" for name in names]
-        cells.append([row["case"], *speeds, f"**{ratio(row):.2f}**", f"**{of_all:.2f}**"])
-    return f"""## Whole models on the CPU
-
-{machine_line(result)}
-
-Images per second, the same model and weights, with the same number of threads, in fp32 unless the case says otherwise.
-
-{table(["case", *(name.replace("_", "-") for name in names), "ratio to the framework's best", "ratio to the best of all"], cells)}
-
-{profiles(rows)}"""
-
-
-def profiles(rows: Rows) -> str:
-    """Where our channels-last networks spend their time."""
-    cells = []
-    for row in rows:
-        total = sum(row.get("profile", {}).values())
-        parts = [f"{op} {spent / total:.0%}" for op, spent in row.get("profile", {}).items() if spent >= 0.02 * total]
-        if parts:
-            cells.append([row["case"], f"{total:.0f}", ", ".join(parts)])
-    if not cells:
-        return ""
-    return f"""Where the time of ours in channels-last goes: operators by the time spent in themselves, under a profiler that
-slows all of them, the smallest ones most.
-
-{table(["case", "ms under the profiler", "operators of 2% and more"], cells)}
-"""
-
-
-def training_section() -> str:
-    parts = []
-    for path in sorted((RESULTS / "training").glob("*.json")):
-        if "." in path.stem:  # an evaluation of the run, NAME.BACKEND.json or NAME.msflip.json
-            continue
-        run = json.loads(path.read_text())
-        swap = {name: load(f"training/{path.stem}.{name}.json") for name in ("auto", "cpu", "torch")}
-        scores = ", ".join(f"{name} {found['miou']:.6f}" for name, found in swap.items() if found)
-        averaged = load(f"training/{path.stem}.msflip.json")
-        if averaged:
-            scales = ", ".join(f"{scale:g}" for scale in averaged["config"]["eval"]["scales"])
-            scores += f". Averaged over the scales {scales} and their mirror images: mIoU **{averaged['miou']:.4f}**"
-        commits = ", ".join(f"`{c['commit'][:10]}` from iteration {c['from_iteration']}" for c in run["commits"])
-        classes = run["iou"]
-        parts.append(
-            f"""### {path.stem}
-
-mIoU **{run["miou"]:.4f}**, pixel accuracy {run["pixel_accuracy"]:.4f} on the {run["images"]} images of `{run["split"]}`; \
-{run["iteration"]} iterations of {run["config"]["train"]["batch_size"]} in {run["seconds"] / 60:.0f} minutes on \
-{run["machine"]["threads"]} thread(s) of {run["machine"]["cpu"]} beside other work, seed {run["seed"]}; trained under {commits}.
-
-Swap test, the trained weights evaluated on each backend: {scores or "not run"}.
-
-{table(["class", "IoU"], [[name, f"{value:.3f}" if value is not None else "absent"] for name, value in classes.items()])}
-
-![Learning curve](images/{path.stem}.png)
-"""
-        )
-    return "## Trained on real images\n\n" + "\n".join(parts) if parts else ""
-
-
-def published_section() -> str:
-    results = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / "published").glob("*.json"))}
-    if not results:
-        return ""
-    cells = []
-    for name, found in results.items():
-        settings = found["config"]["eval"]
-        averaged = [f"scales {', '.join(f'{scale:g}' for scale in settings['scales'])}"] if settings["scales"] != [1.0] else []
-        averaged += ["mirrored"] if settings["flip"] else []
-        averaged += ["DenseCRF"] if settings["refine"] == "crf" else []
-        cells.append(
-            [
-                name.partition(".")[0],
-                str(settings["output_stride"] or found["config"]["model"]["output_stride"]),
-                found["backend"],
-                ", ".join(averaged) or "one pass",
-                f"**{100 * found['miou']:.2f} %**",
-                f"{100 * found['pixel_accuracy']:.2f} %",
-                f"{found['images_per_second']:.2f}",
-            ]
-        )
-    first = next(iter(results.values()))
-    machine = first["machine"]
-    return f"""## Published weights, reproduced
-
-Networks that others trained, loaded by `segmodels.readers` and evaluated by one command each \
-(`python -m segmodels.evaluate --config deeplabv3_mobilenetv2_os16_voc-subset_513x513_published`), on the {first["images"]} \
-images of `{first["config"]["data"]["name"]}` `{first["split"]}` in `{Path(first["config"]["data"]["root"]).name}`; one thread \
-of {machine["cpu"]} beside other work, so the speeds are only indications.
-
-{table(["network", "output stride", "backend", "averaged over", "mIoU", "pixel accuracy", "images/s"], cells)}
-"""
-
-
-def weak_section() -> str:
-    from benchmarks.weak_ladder import RECIPE, RUNGS
-
-    runs = {
-        rung: [json.loads(path.read_text()) for path in sorted((RESULTS / "weak").glob(f"{rung}_seed*.json"))] for rung in RUNGS
-    }
-    cells = [
-        [RUNGS[rung][2], ", ".join(f"{run['miou']:.4f} (seed {run['seed']})" for run in found),
-         f"**{sum(run['miou'] for run in found) / len(found):.4f}**"]
-        for rung, found in runs.items() if found
-    ]  # fmt: skip
-    if not cells:
-        return ""
-    run = next(found[0] for found in runs.values() if found)
-    settings = run["config"]["train"]
-    return f"""## Weak and semi-supervised training
-
-Recipes `{RECIPE}_*`: {run["iteration"]} iterations of {settings["batch_size"]} whatever the rung, images at about half size.
-mIoU on the {run["images"]} images of `{run["split"]}`; comparable with nothing but the other rows.
-
-{table(["what the network is told", "mIoU", "mean"], cells)}
-"""
 
 
 def kernels_section() -> str:
