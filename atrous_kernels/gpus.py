@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-# Large bf16 matrix products reached 788 of the 989 TFLOP/s, copies 4.3 of the 4.8 TB/s in the data sheet of an H200. The other
-# models are taken to reach the same shares of theirs.
+# Assumed until a committed result says otherwise: of the 989 TFLOP/s and 4.8 TB/s in the data sheet of an H200, large bf16 matrix
+# products reach 788 and copies 4.3, and the other models the same shares of theirs.
 _REACHED_FLOPS, _REACHED_BYTES = 788 / 989, 4.3 / 4.8
 
 

@@ -12,8 +12,8 @@ from segmodels.refine import DenseCRF, unary_from_probabilities
 from segmodels.weak.annotations import Annotation, Box
 
 # Bbox-Seg: the part of a box that counts as its object, how sure each part is of it, and what is added per larger box around it.
-# The paper calls the middle object and the outside background, and searched the rest on images with label maps. So did we, on 25
-# of the VOC subset: with 0.5 for the rest of a box, the sure background around it takes most of the object.
+# The paper calls the middle object and the outside background, and searches the rest on images with label maps. The rest is surer
+# than half here: else the sure background around a box takes most of its object.
 CORE_SHARE = 0.25
 CORE, REST, NESTED = 1.0, 0.7, 0.1
 SMALLEST_AREA, SMALLEST_SIDE = 121, 10  # of a box that has a core; a smaller one is core throughout
