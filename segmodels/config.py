@@ -342,6 +342,8 @@ def _check_training(config: Config) -> None:
         raise ConfigError(f"train.accumulate={train.accumulate}: expected a divisor of train.batch_size={train.batch_size}")
     if (train.schedule == "step") != bool(train.steps):
         raise ConfigError(f"train.steps={train.steps} with train.schedule={train.schedule}: expected iterations with step only")
+    if train.compile and train.checkpoint_blocks:
+        raise ConfigError("train.checkpoint_blocks=True with train.compile=True: expected only one of the two")
     if train.steps != sorted(set(train.steps)):
         raise ConfigError(f"train.steps={train.steps}: expected iterations in ascending order")
     if config.weak.method != "none":

@@ -46,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         return train(*stages[0], work_dir)
     for number, (config, raw) in enumerate(stages, 1):
         if config.run.resume and _is_finished(work_dir / f"stage{number}"):
+            say(f"stage {number} of {len(stages)} is finished")
             continue
         if number > 1:
             config.model.weights = raw["model"]["weights"] = str(work_dir / f"stage{number - 1}" / "last.pt")
