@@ -31,7 +31,7 @@ from segmodels.data.transforms import (
 )
 from segmodels.engine.checkpoints import CheckpointError, is_checkpoint, load_checkpoint
 from segmodels.engine.inference import Predictor, Refinement
-from segmodels.engine.parts import check_parts, part_of
+from segmodels.engine.parts import part_of
 from segmodels.readers import read_published
 from segmodels.refine import CRFRNN, DenseCRF, DomainTransform, unary_from_probabilities
 from segmodels.registry import create_model
@@ -156,8 +156,10 @@ def _load_weights(
 ) -> None:
     """The weights of a checkpoint, but for the parts in ``skip``: the averaged ones where the run kept an average."""
     weights = state["ema"]["model"] if state.get("ema") else state["model"]
-    check_parts("model.weights_skip", skip, model)
     own = model.state_dict()
+    for part in skip:
+        if not any(part_of(key, [part]) for key in (*own, *weights)):
+            raise ConfigError(f"model.weights_skip: neither {name} nor {path} has a part {part!r}")
     weights = {key: value for key, value in weights.items() if part_of(key, skip) is None}
     weights |= {key: value for key, value in own.items() if part_of(key, skip) is not None}
     try:
