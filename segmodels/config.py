@@ -29,7 +29,7 @@ RECIPES = Path(__file__).parent / "recipes"
 class DataConfig:
     """Where the images come from and how they are augmented."""
 
-    name: str = _setting("synthetic", "data set: camvid, voc, folder or synthetic")
+    name: str = _setting("synthetic", "data set, see python -m segmodels.data list")
     root: str | None = _setting(None, "its folder; ${oc.env:NAME} reads an environment variable")
     train_split: str = _setting("train", "split to train on")
     val_split: str = _setting("val", "split of the periodic validation, of evaluate and of best.pt")

@@ -8,6 +8,7 @@ read as stored indices.
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -127,7 +128,7 @@ def first_layout(root: Path, dataset: str, layouts: list[tuple[str, str]]) -> tu
     raise DataError(f"{root}: not a {dataset} folder; looked for the image + mask folders {wanted}; found {present}")
 
 
-def match_masks(images: dict[str, Path], masks: Path, suffix: str = "") -> list[tuple[Path, Path]]:
+def match_masks(images: dict[str, Path], masks: Path, suffix: str = "") -> list[tuple[Path, Path | None]]:
     """Pairs every image with the mask of its stem (+ ``suffix``). DataError names the first missing mask."""
     available = {path.stem: path for path in masks.iterdir() if path.suffix.lower() in MASK_SUFFIXES}
     missing = [stem for stem in images if stem + suffix not in available]
@@ -139,3 +140,49 @@ def match_masks(images: dict[str, Path], masks: Path, suffix: str = "") -> list[
 def missing_mask(image: Path, mask: Path, missing: int, total: int) -> DataError:
     """The error for an image without a mask."""
     return DataError(f"{mask}: missing, the mask of {image}; {missing} of {total} images have no mask")
+
+
+def need_folders(root: Path, dataset: str, names: Sequence[str]) -> None:
+    """DataError that says which of the folders are not there, and what is."""
+    absent = [name for name in names if not (root / name).is_dir()]
+    if absent:
+        present = ", ".join(sorted(path.name for path in root.iterdir())[:12]) or "nothing"
+        raise DataError(f"{root}: not a {dataset} folder, {' and '.join(absent)} not found in it; found {present}")
+
+
+def read_list(path: Path) -> list[str]:
+    """The image stems of a list, one per line. DataError where it is missing or empty."""
+    if not path.is_file():
+        present = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt"))) or "none"
+        raise DataError(f"{path}: missing, the list of the split {path.stem!r}; lists found here: {present}")
+    stems = path.read_text().split()
+    if not stems:
+        raise DataError(f"{path}: the list is empty; expected one image stem per line")
+    return stems
+
+
+def pair_listed(
+    listed: Path | str, stems: Sequence[str], images: Path, masks: Sequence[Path], image_suffix: str = ".jpg"
+) -> list[tuple[Path, Path | None]]:
+    """Pairs the images of a list with their masks ``STEM.png``, in the first of the mask folders that has it.
+
+    Args:
+        listed: where the stems come from, for messages.
+        stems: of the images.
+        images, masks: folders; without mask folders every mask is None.
+
+    Raises:
+        DataError: an image or a mask is missing; the first by name, and how many.
+    """
+    found = [images / f"{stem}{image_suffix}" for stem in stems]
+    lost = [image for image in found if not image.is_file()]
+    if lost:
+        raise DataError(f"{lost[0]}: missing, but listed in {listed}; {len(lost)} of {len(found)} images are missing")
+    if not masks:
+        return [(image, None) for image in found]
+    candidates = [[folder / f"{stem}.png" for folder in masks] for stem in stems]
+    chosen = [next((path for path in paths if path.is_file()), None) for paths in candidates]
+    without = [position for position, mask in enumerate(chosen) if mask is None]
+    if without:
+        raise missing_mask(found[without[0]], candidates[without[0]][0], len(without), len(found))
+    return list(zip(found, chosen, strict=True))

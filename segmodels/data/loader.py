@@ -99,9 +99,7 @@ class ResumableSampler(Sampler[tuple[int, int]]):
             raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
         size = length - length % batch_size if drop_last else length
         if size < 1:
-            raise ValueError(
-                f"{length} items give no batch of {batch_size} with drop_last={drop_last}; expected one or more"
-            )
+            raise ValueError(f"{length} items give no batch of {batch_size} with drop_last={drop_last}; expected one or more")
         self.length, self.seed, self.shuffle = length, seed, shuffle
         self.batch_size, self.drop_last, self.epoch_size = batch_size, drop_last, size
         self.epoch = 0

@@ -265,7 +265,7 @@ def load_trained(
         if config.model.weights is None:
             raise ConfigError(f"model.weights of {recipe} is null: expected a file, or --checkpoint FILE")
         write_out_published_options(config, raw)
-        classes, colors = class_names(config.data.name)
+        classes, colors = class_names(config.data.name, config.data.options)
         origin = Origin(config.model.weights, classes, colors.tolist(), None)
         model = build_model(config, len(classes))
     if config.eval.output_stride is not None:
