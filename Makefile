@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The lines of the C++/CUDA build; the install is redone when one of them changes.
 SOURCES := setup.py CMakeLists.txt pyproject.toml constraints.txt $(shell find csrc -type f 2>/dev/null)
 BENCHMARKS := conv2d conv_bn_relu aspp pyramid_pool upsample_cross_entropy upsample_argmax dense_crf domain_transform dispatch errors models
-EXTRAS := segmodels,weights,test,lint
+EXTRAS := segmodels,data,weights,test,lint
 
 .PHONY: install demo test test-sanitize lint bench clean
 

@@ -44,8 +44,12 @@ class DataConfig:
     jitter: float = _setting(0.0, "strength of the random brightness, contrast and saturation", low=0, high=1)
     hard_classes: list[str] = _setting([], "training images that show one of these classes come hard_copies times per epoch")
     hard_copies: int = _setting(2, "see hard_classes", low=2)
-    cache: bool = _setting(True, "keep decoded images in memory")
+    cache: bool = _setting(True, "keep decoded images in memory, as many as fit into half of it")
     workers: int = _setting(0, "loading processes; 0 loads in the training process", low=0)
+    on_error: str = _setting(
+        "stop", "at an unreadable training image: stop, or skip (take the next one, and count)", choices=("stop", "skip")
+    )
+    max_skipped: float = _setting(0.01, "share of the training split above which on_error=skip stops", above=0, high=1)
 
 
 @dataclass

@@ -22,6 +22,7 @@ from segmodels.data.kitti import KITTI
 from segmodels.data.nyudv2 import NYUDv2
 from segmodels.data.pascal_context import PascalContext
 from segmodels.data.person_part import PersonPart
+from segmodels.data.shards import Shards
 from segmodels.data.siftflow import SIFTFlow
 from segmodels.data.synthetic import Synthetic
 from segmodels.data.voc import VOC
@@ -48,6 +49,7 @@ DATASETS: dict[str, type[SegmentationDataset]] = {
     "nyudv2": NYUDv2,
     "pascal_context": PascalContext,
     "person_part": PersonPart,
+    "shards": Shards,
     "siftflow": SIFTFlow,
     "synthetic": Synthetic,
     "voc": VOC,

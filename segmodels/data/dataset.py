@@ -40,6 +40,7 @@ class SegmentationDataset:
             user's folder decides about splits.
         MEMBERS: a regular expression of the files that ``prepare`` takes from the official archives; "" where there are none.
         SUBMISSION_IDS: uint8, the ids that the benchmark's server expects in place of the class ids; None for the same.
+        CACHEABLE: decoded images may be kept in memory.
     """
 
     TITLE: ClassVar[str] = ""
@@ -48,6 +49,7 @@ class SegmentationDataset:
     COUNTS: ClassVar[Mapping[str, int | None] | None] = None
     MEMBERS: ClassVar[str] = ""
     SUBMISSION_IDS: ClassVar[np.ndarray | None] = None
+    CACHEABLE: ClassVar[bool] = True
 
     ignore_index = IGNORE_INDEX
 

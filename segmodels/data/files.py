@@ -27,19 +27,22 @@ class DataError(RuntimeError):
 
 
 def read_bytes(path: Path) -> bytes:
-    """The bytes of a file. Raises DataError where it is missing, not a file, not readable, empty or visibly cut off."""
+    """The bytes of an image file. Raises DataError where it is missing, not a file or not readable."""
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); expected an image file") from error
+
+
+def must_be_whole(data: bytes, where: str | Path) -> None:
+    """Raises DataError where the bytes of an image are none, or visibly cut off."""
     if not data:
-        raise DataError(f"{path}: the file is empty; expected an image")
+        raise DataError(f"{where}: the file is empty; expected an image")
     # Entropy-coded data never holds the scan marker: an end marker before the last scan belongs to an embedded thumbnail.
     if data.startswith(_JPEG_START) and data.rfind(_JPEG_END) <= data.rfind(_JPEG_SCAN):
-        raise DataError(f"{path}: truncated JPEG, the {len(data)} bytes end without an end-of-image marker (FF D9)")
+        raise DataError(f"{where}: truncated JPEG, the {len(data)} bytes end without an end-of-image marker (FF D9)")
     if data.startswith(_PNG_START) and _PNG_END not in data:
-        raise DataError(f"{path}: truncated PNG, the {len(data)} bytes end without an IEND chunk")
-    return data
+        raise DataError(f"{where}: truncated PNG, the {len(data)} bytes end without an IEND chunk")
 
 
 def read_image(path: str | Path, *, exif_orientation: bool = False) -> np.ndarray:
@@ -56,15 +59,19 @@ def read_image(path: str | Path, *, exif_orientation: bool = False) -> np.ndarra
     Raises:
         DataError: the file is missing, truncated, or not an image.
     """
-    path = Path(path)
-    data = read_bytes(path)
+    return decode_image(read_bytes(Path(path)), path, exif_orientation=exif_orientation)
+
+
+def decode_image(data: bytes, where: str | Path, *, exif_orientation: bool = False) -> np.ndarray:
+    """As :func:`read_image`, of bytes; ``where`` they are from is for messages."""
+    must_be_whole(data, where)
     flags = cv2.IMREAD_COLOR if exif_orientation else cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
-        raise DataError(f"{path}: cannot be decoded as an image ({error.err})") from error
+        raise DataError(f"{where}: cannot be decoded as an image ({error.err})") from error
     if image is None:
-        raise DataError(f"{path}: cannot be decoded as an image ({len(data)} bytes, starting {data[:4].hex(' ')})")
+        raise DataError(f"{where}: cannot be decoded as an image ({len(data)} bytes, starting {data[:4].hex(' ')})")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
@@ -78,18 +85,22 @@ def read_mask(path: str | Path) -> np.ndarray:
         DataError: the file is missing, truncated, not an image, or not one 8-bit channel (a colour picture has lost its
             ids).
     """
-    path = Path(path)
-    data = read_bytes(path)
+    return decode_mask(read_bytes(Path(path)), path)
+
+
+def decode_mask(data: bytes, where: str | Path) -> np.ndarray:
+    """As :func:`read_mask`, of bytes; ``where`` they are from is for messages."""
+    must_be_whole(data, where)
     try:
         with Image.open(io.BytesIO(data)) as picture:
             if picture.mode not in ("L", "P", "1"):
                 raise DataError(
-                    f"{path}: the mask has pixel mode {picture.mode!r}; expected one 8-bit channel of class ids "
+                    f"{where}: the mask has pixel mode {picture.mode!r}; expected one 8-bit channel of class ids "
                     "(grey 'L' or palette 'P')"
                 )
             return np.array(picture, dtype=np.uint8)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:  # SyntaxError: Pillow's for broken PNGs
-        raise DataError(f"{path}: cannot be decoded as a mask ({error})") from error
+        raise DataError(f"{where}: cannot be decoded as a mask ({error})") from error
 
 
 def list_by_stem(folder: Path, suffixes: tuple[str, ...], what: str) -> dict[str, Path]:

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from segmodels.data.dataset import PairedFiles, voc_colormap
-from segmodels.data.files import DataError, find_root, need_folders, pair_listed, read_bytes, read_list
+from segmodels.data.files import DataError, find_root, must_be_whole, need_folders, pair_listed, read_bytes, read_list
 from segmodels.data.prepare import Progress, label_of, read_mat, write_file, write_label, write_list
 
 # fmt: off
@@ -62,7 +62,9 @@ class NYUDv2(PairedFiles):
         if self.modality != "depth":
             return super().load_image(index)
         path = self.pairs[self._check(index)][0]
-        depth = cv2.imdecode(np.frombuffer(read_bytes(path), np.uint8), cv2.IMREAD_UNCHANGED)
+        data = read_bytes(path)
+        must_be_whole(data, path)
+        depth = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
         if depth is None or depth.dtype != np.uint16 or depth.ndim != 2:
             raise DataError(f"{path}: expected one 16-bit channel of depths in millimetres")
         share = np.log(np.clip(depth, NEAR, FAR) / NEAR) / np.log(FAR / NEAR)

@@ -45,12 +45,17 @@ def write_list(path: Path, stems: Iterable[str]) -> None:
 
 
 def write_label(path: Path, label: np.ndarray) -> None:
-    """uint8 ``[H, W]`` as a palette PNG with the colours of VOC: viewers show classes, readers get the indices."""
+    """A label map uint8 ``[H, W]`` as :func:`encode_label` says."""
+    write_file(path, encode_label(label))
+
+
+def encode_label(label: np.ndarray) -> bytes:
+    """A palette PNG with the colours of VOC: viewers show classes, readers get the indices."""
     picture = Image.fromarray(label)
     picture.putpalette(voc_colormap(256).ravel().tolist())
     data = io.BytesIO()
     picture.save(data, "PNG")
-    write_file(path, data.getvalue())
+    return data.getvalue()
 
 
 def convert(what: str, jobs: list[tuple[Path, Path]], read: Callable[[Path], np.ndarray], progress: Progress) -> int:

@@ -37,7 +37,7 @@ from segmodels.engine.losses import build_loss, hard_fraction
 from segmodels.engine.optim import ModelEma, build_optimizer
 from segmodels.engine.parts import prepare_for_training, training_mode
 from segmodels.engine.precision import autocast
-from segmodels.engine.progress import Reporter, StopRequest, clock, say
+from segmodels.engine.progress import Reporter, StopRequest, clock, complain, say
 from segmodels.engine.recompute import recompute_blocks
 from segmodels.engine.schedules import build_schedule
 from segmodels.engine.visualize import sheet, write_png
@@ -46,7 +46,7 @@ from segmodels.weak.supervision import WeakSupervision
 
 # Settings that may differ when a run is resumed: they say where things are or how fast, not what is computed.
 _FREE = {
-    "data": {"root", "cache", "workers", "val_split"},
+    "data": {"root", "cache", "workers", "val_split", "on_error", "max_skipped"},
     "model": {"weights", "weights_backbone"},
     "train": set(),
     "weak": {"labels"},
@@ -109,9 +109,11 @@ class Trainer:
             cache=config.data.cache,
             pin_memory=device.type == "cuda",
             sampler=build_sampler(config, train_set),
+            max_skipped=config.data.max_skipped if config.data.on_error == "skip" else 0.0,
             **normalization(model),
         )
         self._batches = iter(self.loader)
+        self._reported = 0  # skipped images that were told of
         self.iteration = 0
         self.validated = 0  # iteration of the last validation, so that an interrupted one is made up for
         self.seconds = self.train_seconds = 0.0
@@ -275,10 +277,16 @@ class Trainer:
 
     def _next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         try:
-            return next(self._batches)
+            batch = next(self._batches)
         except StopIteration:
             self._batches = iter(self.loader)
-            return next(self._batches)
+            batch = next(self._batches)
+        skipped = self.loader.skipped()
+        if len(skipped) > self._reported:
+            self._reported = len(skipped)
+            names = ", ".join(self.train_set.name(index) for index in skipped[:10])
+            complain(f"{len(skipped)} training images cannot be read and are skipped: {names} (python -m segmodels.data check)")
+        return batch
 
     def _log(self, loss: float, rate: float, speed: float, reporter: Reporter) -> None:
         self.window[0] += loss
@@ -353,6 +361,7 @@ class Trainer:
             "train_seconds": round(self.train_seconds, 1),
             "images_per_second": round(images / self.train_seconds, 4) if self.train_seconds else None,
             "split": self.config.data.val_split,
+            "skipped": [self.train_set.name(index) for index in self.loader.skipped()],
             "images": min(len(self.val_set), self.config.eval.limit or len(self.val_set)),
             **(self.scores or {}),
             "best": self.best,

@@ -49,7 +49,11 @@ def test_unknown_name_lists_the_valid_ones():
 
 @pytest.mark.parametrize(
     ("name", "valid"),
-    [("camvid", "train, val, test"), ("voc", "train, train_aug, val, trainval, trainval_aug, test"), ("synthetic", "train, val, test")],
+    [
+        ("camvid", "train, val, test"),
+        ("voc", "train, train_aug, val, trainval, trainval_aug, test"),
+        ("synthetic", "train, val, test"),
+    ],
 )
 def test_unknown_split_lists_the_valid_ones(name: str, valid: str):
     with pytest.raises(ValueError, match=f"unknown split 'dev' of dataset '{name}'; expected one of {valid}"):
