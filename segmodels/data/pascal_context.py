@@ -44,7 +44,7 @@ class PascalContext(PairedFiles):
     CLASSES = CLASSES
     COLORS = voc_colormap(60)[1:]
     COUNTS = {"train": 4998, "val": 5105}
-    MEMBERS = rf"(?:JPEGImages|{MASKS})/[^/]+|ImageSets/Main/(?:train|val)\.txt|trainval/[^/]+\.mat|(?<!59_)labels\.txt"
+    MEMBERS = rf"(?:JPEGImages|{MASKS})/[^/]+|ImageSets/Main/(?:train|val)\.txt|trainval/[^/]+\.mat|labels\.txt"
 
     def __init__(self, root: str | Path | None, split: str = "train", background: bool = False):
         folder = find_root(root, "pascal_context", f"JPEGImages, ImageSets/Main and {MASKS}")
