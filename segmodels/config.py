@@ -249,6 +249,7 @@ def load_stages(
     if recipe is not None and not isinstance(recipe, dict):
         path = find_recipe(recipe)
         source, sections = str(path), read_recipe(path, SECTIONS)
+        sections.pop("paper", None)  # what it reproduces: see segmodels.reproduce
     stages = sections.pop("stages", [{}])
     if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
         raise ConfigError(f"stages={stages!r} in {source}: expected a list of sections {', '.join(SECTIONS)}")

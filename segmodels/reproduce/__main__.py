@@ -1,6 +1,6 @@
-"""``python -m segmodels.reproduce COMMAND``: list, run and report the rows of the papers' tables; findings re-runs their comparisons.
+"""``python -m segmodels.reproduce list | run | report | findings``; ``COMMAND --help`` explains each.
 
-``COMMAND --help`` explains each.
+The first three are about single rows of the papers' tables, the last about comparisons between them.
 """
 
 from __future__ import annotations

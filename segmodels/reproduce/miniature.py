@@ -1,4 +1,4 @@
-"""A row in seconds: its recipe with a narrow network, small drawn scenes and three steps. It shows that the row runs, nothing more."""
+"""A row in seconds: its recipe with a narrow network, small drawn scenes and three steps. It shows that the row runs, no more."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ def miniature_recipe(row: Row, folder: Path) -> Path:
     backbone = raw["model"]["name"].partition("_")[2]
     raw["data"] |= {
         "name": "synthetic", "root": None, "train_split": "train", "val_split": "val", "options": {"size": 72, "length": 4},
-        "crop": [65, 65],
+        "crop": [65, 65], "hard_classes": [],
     }  # fmt: skip
     width = next((width for name, width in _NARROW.items() if backbone.startswith(name)), None)
     raw["model"]["options"] |= {} if width is None else {"width_mult": width}
-    raw["train"] |= {"iterations": 3, "batch_size": 2}
-    raw["eval"] |= {"canvas": None, "limit": 2, "sheet": 0}
+    raw["train"] |= {"iterations": 3, "batch_size": 2, "accumulate": min(2, raw["train"]["accumulate"])}
+    raw["weak"] |= {"method": "none", "strong": 0}
+    window, side = raw["eval"]["window"], raw["eval"]["long_side"]
+    raw["eval"] |= {
+        "canvas": None, "limit": 2, "sheet": 0, "window": window and [65, 65], "long_side": side and 72,
+    }  # fmt: skip
     raw["run"] |= {"tensorboard": False}
     path = folder / f"{row.name}.yaml"
     folder.mkdir(parents=True, exist_ok=True)

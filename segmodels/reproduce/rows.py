@@ -34,8 +34,8 @@ class Row:
         published: metric -> percent, the one that the paper compares first.
         dataset, split: what the paper evaluates on.
         source: where our knowledge of the number comes from.
-        start: ``"imagenet"`` (weights of the backbone), ``"scratch"``, ``"published"`` (the authors' network; nothing is trained),
-            or the name of the row or stage whose trained network this training starts from.
+        start: ``"imagenet"`` (weights of the backbone), ``"scratch"``, ``"published"`` (the authors' network; nothing is
+            trained), or the name of the row or stage whose trained network this training starts from.
         trained_by: the row whose network this one evaluates in another way; nothing is trained.
         note: what to know before comparing.
         sections: of the recipe.

@@ -10,16 +10,15 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from segmodels import evaluate, train
-from segmodels.config import ConfigError
+from segmodels.config import Config, ConfigError, load_config
 from segmodels.data import DATASETS, DataError
-from segmodels.engine import report
 from segmodels.engine.build import build_dataset, build_train_set
 from segmodels.engine.checkpoints import load_checkpoint
 from segmodels.engine.cli import split_overrides
@@ -65,7 +64,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("rows", nargs="+", metavar="ROW", help="names or patterns of rows, and settings (section.key=value)")
     parser.add_argument("--data", action="append", default=[], metavar="NAME=ROOT", help="the folder of a data set")
     parser.add_argument("--weights", action="append", default=[], metavar="NAME=FILE",
-                        help="published weights of a backbone (resnet101=FILE), or of a whole network by the model's name")  # fmt: skip
+                        help="published weights of a backbone (resnet101=FILE), or of a whole network, by the model's name")
     parser.add_argument("--from-scratch", action="store_true", help="start from random weights where --weights has none")
     parser.add_argument("--seed", type=int, action="append", metavar="N", help="run.seed; may be given several times (0)")
     parser.add_argument("--work-dir", type=Path, default=Options.work_dir, metavar="DIR", help="checkpoints (runs/reproduction)")
@@ -74,7 +73,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print settings and commands, for one and for several GPUs")
     parser.add_argument("--gpus", type=int, default=8, metavar="N", help="of the command for several (8)")
     parser.add_argument("--miniature", action="store_true",
-                        help="a tiny network on drawn scenes, in seconds: shows that the row runs; gives no result file")  # fmt: skip
+                        help="a tiny network on drawn scenes, in seconds: shows that the row runs, and leaves no result")
     flags = parser.parse_intermixed_args(arguments)
     settings, patterns = split_overrides(flags.rows)
     options = Options(
@@ -110,20 +109,19 @@ def reproduce(row: Row, seed: int, options: Options) -> Path:
         return path
     begin, overrides = start_of(row, seed, options)
     recipe = _recipe(row, options)
-    config, _ = row.load() if recipe == row.path else _load(recipe)
-    sets = _data_sets(row, recipe, overrides)
+    config, raw = load_config(recipe, overrides)
+    sets = _data_sets(row, config)
     if row.trained_by is None and row.start != "published":
         computed = _train(row, seed, options, overrides)
     else:
         checkpoint = None
         if row.trained_by is not None:
-            trained = rows()[row.trained_by]
-            checkpoint = str(_trained(trained, seed, options))
+            checkpoint = str(_trained(rows()[row.trained_by], seed, options))
         elif config.model.weights is None and begin["file"] is None:
             raise ConfigError(f"{row.name} evaluates published weights: expected --weights {config.model.name}=FILE")
         folder = _folder(row, seed, options)
         say(f"{row.name} seed {seed}: evaluates {checkpoint or begin['file']}")
-        given = [*_evaluation(recipe), *overrides] if checkpoint else overrides
+        given = [*_evaluation(raw), *overrides] if checkpoint else overrides
         computed = evaluate.evaluate(checkpoint, given, str(folder / "evaluation.json"), None if checkpoint else str(recipe))
     commits = [computed["commit"]] if "commit" in computed else [entry["commit"] for entry in computed["commits"]]
     facts = {
@@ -175,8 +173,9 @@ def start_of(row: Row, seed: int, options: Options) -> tuple[dict[str, Any], lis
 def dry_run(row: Row, seed: int, options: Options, gpus: int) -> None:
     """Prints the settings of a row and the commands that run it."""
     config, _ = row.load()
-    known = {**options.weights, config.model.name.partition("_")[2]: "FILE"} if not options.weights else options.weights
-    shown = Options(**{**vars(options), "weights": known, "data": {config.data.name: f"ROOT_OF_{config.data.name}"} | options.data})
+    known = {config.model.name: "FILE", config.model.name.partition("_")[2]: "FILE"} | options.weights
+    data = {config.data.name: f"ROOT_OF_{config.data.name}"} | options.data
+    shown = replace(options, weights=known, data=data)
     begin, overrides = start_of(row, seed, shown)
     say(f"# {row.name}: {row.title}, table {row.table}, {row.row}")
     say(f"# published: {row.published} on {row.dataset} {row.split} ({row.source}); start: {begin['from']}")
@@ -208,14 +207,14 @@ def _train(row: Row, seed: int, options: Options, overrides: list[str]) -> dict[
 def _trained(row: Row, seed: int, options: Options) -> Path:
     """The finished ``last.pt`` of a row or stage; trains it first where there is none."""
     last = _folder(row, seed, options) / "last.pt"
-    if not last.is_file() or load_checkpoint(last)["schedule"]["iteration"] < row.load(list(options.settings))[0].train.iterations:
-        reproduce(row, seed, Options(**{**vars(options), "again": True}))
+    state = load_checkpoint(last) if last.is_file() else None
+    if state is None or state["schedule"]["iteration"] < state["schedule"]["total"]:
+        reproduce(row, seed, replace(options, again=True))
     return last
 
 
-def _data_sets(row: Row, recipe: Path, overrides: list[str]) -> dict[str, Any]:
+def _data_sets(row: Row, config: Config) -> dict[str, Any]:
     """The data sets of a row, described; opened before anything is trained, so that what is missing is said at once."""
-    config, _ = _load(recipe, overrides)
     name = config.data.name
     try:
         val = describe_data(name, build_dataset(config, config.data.val_split))
@@ -223,10 +222,8 @@ def _data_sets(row: Row, recipe: Path, overrides: list[str]) -> dict[str, Any]:
             return {"val": val}
         return {"train": describe_data(name, build_train_set(config)), "val": val}
     except (DataError, ValueError) as error:
-        kind = DATASETS[name][0] if name in DATASETS else None
-        layout = " ".join((kind.__doc__ or "").split("\n\n")[0].split()) if kind else ""
         given = "" if config.data.root else f"; give --data {name}=ROOT"
-        raise DataError(f"{row.name} needs {row.dataset}: {error}{given}. Layout: {layout}") from error
+        raise DataError(f"{row.name} needs {row.dataset}: {error}{given}") from error
 
 
 def _recipe(row: Row, options: Options) -> Path:
@@ -234,17 +231,10 @@ def _recipe(row: Row, options: Options) -> Path:
     return miniature_recipe(row, options.work_dir / "miniature") if options.miniature else row.path
 
 
-def _load(recipe: Path, overrides: list[str] | None = None) -> tuple[Any, dict[str, Any]]:
-    from segmodels.config import load_config
-
-    return load_config(recipe, overrides)
-
-
-def _evaluation(recipe: Path) -> list[str]:
-    """The settings ``eval`` of a recipe, and where it validates, for a checkpoint of another one."""
-    _, raw = _load(recipe)
-    text = json.dumps
-    return [f"data.val_split={raw['data']['val_split']}", *(f"eval.{key}={text(value)}" for key, value in raw["eval"].items())]
+def _evaluation(raw: dict[str, Any]) -> list[str]:
+    """Where and how a recipe evaluates, as overrides for a checkpoint of another one."""
+    settings = [f"eval.{key}={json.dumps(value)}" for key, value in raw["eval"].items()]
+    return [f"data.val_split={raw['data']['val_split']}", *settings]
 
 
 def _folder(row: Row, seed: int, options: Options) -> Path:
