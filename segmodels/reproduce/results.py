@@ -83,6 +83,9 @@ def save_result(row: Row, seed: int, computed: dict[str, Any], facts: dict[str, 
         computed: what ``metrics.json`` or :func:`segmodels.evaluate.evaluate` says.
         facts: what only this command knows: data sets, overrides, start, times.
     """
+    config = computed["config"]
+    for section, key in (("data", "root"), ("model", "weights"), ("model", "weights_backbone")):
+        config[section][key] = None  # folders of one machine; facts say what was read
     kept = ("config", "backend", "machine", "versions", "parameters", "iteration", "images_per_second", "split", "images")
     obtained = {metric: None if computed[metric] is None else 100 * computed[metric] for metric in METRICS}
     content = {
