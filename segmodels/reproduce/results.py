@@ -22,7 +22,8 @@ REPRODUCTION = RESULTS / "reproduction"
 #: Images of the published splits (their papers). VOC: train_aug is that of Hariharan et al. 2011.
 OFFICIAL_IMAGES = {
     ("voc", "train"): 1464, ("voc", "train_aug"): 10582, ("voc", "val"): 1449, ("voc", "trainval"): 2913,
-    ("camvid", "train"): 367, ("camvid", "val"): 100, ("camvid", "test"): 233,
+    ("voc", "trainval_aug"): 12031, ("voc", "sbd_train"): 8498, ("voc", "seg11valid"): 736, ("voc", "reduced_val"): 346,
+    ("camvid", "train"): 367, ("camvid", "val"): 101, ("camvid", "test"): 233,
     ("kitti", "train"): 100, ("kitti", "test"): 46,
     ("cityscapes", "train"): 2975, ("cityscapes", "val"): 500,
     ("ade20k", "train"): 20210, ("ade20k", "val"): 2000,

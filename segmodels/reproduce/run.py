@@ -239,9 +239,7 @@ def _evaluation(raw: dict[str, Any]) -> list[str]:
 
 def _folder(row: Row, seed: int, options: Options) -> Path:
     base = options.work_dir / "miniature" if options.miniature else options.work_dir
-    folder = base / row.name / f"seed{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return base / row.name / f"seed{seed}"
 
 
 def _sets(options: Options, key: str) -> bool:
