@@ -28,14 +28,15 @@ def configs() -> dict[str, Config]:
 def test_rows_are_consistent(configs) -> None:
     published = [row for row in rows().values() if not row.is_stage]
     assert len(published) >= 110
-    for row in rows().values():
-        config = configs[row.name]
+    for name, row in rows().items():
+        config = configs[name]
         assert row.path.parent.name.startswith(row.key), "the folder is that of the paper"
-        assert row.table and row.row and row.dataset and row.split and row.source and row.title
+        assert all((row.table, row.row, row.dataset, row.split, row.source, row.title)), name
         assert all(metric in METRICS and 15 < value < 99 for metric, value in row.published.items())
         assert config.data.root is None, "no folder of one machine"
-        assert config.model.weights is None and config.model.weights_backbone is None
-        stride = config.eval.output_stride if row.trained_by and config.eval.output_stride else config.model.output_stride
+        assert (config.model.weights, config.model.weights_backbone) == (None, None)
+        evaluated = row.trained_by is not None or row.start == "published"
+        stride = (evaluated and config.eval.output_stride) or config.model.output_stride
         assert f"{config.model.name}_os" in row.name
         assert f"_os{stride}_" in row.name or "eval" in row.name, row.name
         batch = "published" if row.start == "published" else f"b{config.train.batch_size}"
@@ -165,4 +166,4 @@ def test_a_base_is_merged_and_its_mistakes_are_named(tmp_path: Path) -> None:
 def test_a_row_is_short() -> None:
     """What all rows of a table share is in the base."""
     for path in PAPERS.glob("*/[!_]*.yaml"):
-        assert len(path.read_text().splitlines()) <= 20, path
+        assert len(path.read_text().splitlines()) <= 24, path

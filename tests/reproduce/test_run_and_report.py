@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +64,6 @@ def test_run_to_report(tmp_path: Path, monkeypatch, capsys) -> None:
     assert "1 of 1,449 images of val" in line.differs
     assert "with model.options.width_mult=0.0625" in line.differs
     assert line.spread().endswith("± 0.00 (2 seeds)")
-    shutil.copytree(results.RESULTS / "published", tmp_path / "results" / "published")
     found = comparison.lines(folder)
     monkeypatch.setattr(report, "lines", lambda: found)
     page, site = tmp_path / "page.md", tmp_path / "site"
