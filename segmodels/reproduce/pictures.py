@@ -6,11 +6,15 @@ import html
 import io
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from segmodels.engine.checkpoints import atomic_write
 from segmodels.reproduce.comparison import Line
 from segmodels.reproduce.results import RESULTS
 from segmodels.reproduce.rows import METRICS, Row, rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _STYLE = "body{font:15px sans-serif;margin:2em}table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:3px 8px}"
 
@@ -78,7 +82,7 @@ def _table(found: list[Line], folder: Path) -> str:
     return "\n".join([*text, "</table>"])
 
 
-def _png(figure) -> bytes:  # type: ignore[no-untyped-def]
+def _png(figure: Figure) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     buffer = io.BytesIO()

@@ -1,7 +1,7 @@
 """``python -m segmodels.reproduce report``: published and obtained side by side.
 
-Writes docs/reproduction.md from the committed results, and a page with plots under runs/. ``--check`` writes nothing and fails
-where the text has drifted from the results.
+Writes its part of docs/reproduction.md from the committed results (the findings have the other), and a page with plots under
+runs/. ``--check`` writes nothing and fails where the text has drifted from the results.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from segmodels.reproduce.rows import METRICS, rows
 
 PAGE = ROOT / "docs" / "reproduction.md"
 HTML = Path("runs/reproduction/report")
+BEGIN, END = "<!-- rows: begin, generated -->", "<!-- rows: end -->"
 
 
 def main(arguments: list[str]) -> int:
@@ -31,9 +32,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE", help="the text (docs/reproduction.md)")
     parser.add_argument("--html", type=Path, default=HTML, metavar="DIR", help="the page with plots (runs/reproduction/report)")
     flags = parser.parse_args(arguments)
-    text = page()
+    before = flags.page.read_text() if flags.page.is_file() else ""
+    text = with_rows(before, page())
     if flags.check:
-        if not flags.page.is_file() or flags.page.read_text() != text:
+        if before != text:
             print(f"{flags.page} differs from the results; run python -m segmodels.reproduce report", file=sys.stderr)
             return 1
         return 0
@@ -43,6 +45,15 @@ def main(arguments: list[str]) -> int:
     index = write_html(flags.html, lines())
     say(f"wrote {flags.page} and {index}")
     return 0
+
+
+def with_rows(document: str, text: str) -> str:
+    """The document with the text between its marks, or before everything else where there are none."""
+    block = f"{BEGIN}\n{text.strip()}\n{END}\n"
+    if BEGIN not in document:
+        return block + (f"\n{document.lstrip()}" if document.strip() else "")
+    head, _, rest = document.partition(BEGIN)
+    return head + block + rest.partition(END)[2].removeprefix("\n")
 
 
 def page() -> str:

@@ -71,8 +71,11 @@ def test_run_to_report(tmp_path: Path, monkeypatch, capsys) -> None:
     assert f"results/reproduction/{OS8}_seed0.json" in page.read_text()
     assert {path.suffix for path in site.iterdir()} == {".png", ".html"}
     assert main(["report", "--page", str(page), "--check"]) == 0
-    page.write_text("drifted")
+    page.write_text(page.read_text() + "\nWritten by others.\n")
+    assert main(["report", "--page", str(page), "--check"]) == 0
+    page.write_text(page.read_text().replace("# Reproduction", "# Drifted"))
     assert main(["report", "--page", str(page), "--check"]) == 1
+    assert report.with_rows(page.read_text(), report.page()).endswith("Written by others.\n")
 
 
 @pytest.mark.parametrize("name", ["fcn16s_vgg16_os32_voc_500x500_b1_16s"])
