@@ -49,6 +49,7 @@ class StandIn(NamedTuple):
 
 
 _ZOO = "deeplabv3_mobilenetv2_voc-subset_513x513"
+_OURS = "deeplabv3plus_effnetlite0_os16_voc-subset_321x321_b16_stage3"
 STAND_INS = (
     StandIn("deeplabv3_mobilenetv2_os16_voc_513x513_published_zoo-trainaug", f"published/{_ZOO}_os16.auto.json",
             "the authors' weights on a subset of val"),
@@ -56,6 +57,11 @@ STAND_INS = (
             "the authors' weights on a subset of val, one scale, not mirrored"),
     StandIn("deeplabv3_mobilenetv2_os8_voc_513x513_published_zoo-trainaug-ms-flip", f"published/{_ZOO}_os16.msflip.json",
             "the authors' weights on a subset of val, at output stride 16"),
+    StandIn("deeplabv3plus_xception65_os16_voc_513x513_b16_zoo-trainaug", f"training/{_OURS}.json",
+            "EfficientNet-Lite0 in place of Xception-65, 1,000 training images, without COCO, crops of 321, a subset of val"),
+    StandIn("deeplabv3plus_xception65_os8_voc_513x513_b16_zoo-trainaug-ms-flip", f"training/{_OURS}.msflip.json",
+            "EfficientNet-Lite0 in place of Xception-65, 1,000 training images, without COCO, crops of 321, a subset of val, "
+            "output stride 16"),
     StandIn("dilation8_vgg16_os8_camvid_852x852_b1_t5",
             "training/deeplabv3plus_effnetlite0_os16_camvid_360x360_b8.json",
             "another network (DeepLabv3+ on EfficientNet-Lite0), images of 480 x 360, val in place of test"),

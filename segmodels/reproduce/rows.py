@@ -116,7 +116,8 @@ def find_rows(patterns: Sequence[str]) -> list[Row]:
     Raises:
         ConfigError: a pattern that no row matches; the message has the closest name.
     """
-    known, found = rows(), {}
+    known = rows()
+    found: dict[str, Row] = {}
     for pattern in patterns:
         names = fnmatch.filter(known, pattern.removesuffix(".yaml").rpartition("/")[2])
         if not names:
