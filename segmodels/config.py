@@ -1,7 +1,8 @@
 """Settings of every command: dataclasses whose fields carry type, default, bounds and explanation.
 
-A recipe is a YAML file of the same sections; ``section.key=value`` on the command line overrides it. ``--help`` and all
-error messages are made from the fields below, so they cannot drift from what the code accepts.
+A recipe is a YAML file of the same sections, perhaps on top of another one (``base: NAME``); ``section.key=value`` on the
+command line overrides it. ``--help`` and all error messages are made from the fields below, so they cannot drift from what the
+code accepts.
 """
 
 # The fields' _setting(...) only describes a field, as dataclasses.field does.
@@ -19,7 +20,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from segmodels.settings import ConfigError, as_yaml, check_ranges, check_resolved, closest, expected_text, merge, read_yaml
+from segmodels.settings import ConfigError, as_yaml, check_ranges, check_resolved, closest, expected_text, merge, read_recipe
 from segmodels.settings import setting as _setting
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -251,7 +252,8 @@ def load_stages(
     source, sections = "the configuration", dict(recipe) if isinstance(recipe, dict) else {}
     if recipe is not None and not isinstance(recipe, dict):
         path = find_recipe(recipe)
-        source, sections = str(path), read_yaml(path, SECTIONS)
+        source, sections = str(path), read_recipe(path, SECTIONS)
+        sections.pop("paper", None)  # what it reproduces: see segmodels.reproduce
     stages = sections.pop("stages", [{}])
     if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
         raise ConfigError(f"stages={stages!r} in {source}: expected a list of sections {', '.join(SECTIONS)}")
