@@ -27,6 +27,9 @@ from segmodels.backbones.surgery import (
 #: width and number of convolutions of each stage, all 3x3 and followed by a pool
 STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 
+#: what every backbone has -> which pool it is here
+LEVELS = {"low": "pool2", "mid": "pool3", "aux": "pool4"}
+
 
 class FullyConnected(NamedTuple):
     """fc6 as a convolution; fc7 is 1x1 and as wide.
@@ -53,7 +56,8 @@ FC6 = {
 
 
 class VGG16(ClassicBackbone):
-    """VGG-16: ``pool1`` to ``pool5`` (``low`` is pool2, ``aux`` pool4) and ``out``, which is fc7 or, without it, pool5.
+    """VGG-16: ``pool1`` to ``pool5`` (``low`` is pool2, ``mid`` pool3, ``aux`` pool4) and ``out``, which is
+    fc7 or, without it, pool5.
 
     Sizes are Caffe's: pools round up. Pools beyond ``output_stride`` run at stride 1, and everything after them at the rate that
     replaces their stride.
@@ -121,7 +125,7 @@ class VGG16(ClassicBackbone):
             self.fc6 = Conv2d(channels, width, kernel, padding=border, dilation=rate)
             self.fc7 = Conv2d(width, width, 1)
             channels = width
-        self.channels |= {"low": self.channels["pool2"], "aux": self.channels["pool4"], "out": channels}
+        self.channels |= {name: self.channels[pool] for name, pool in LEVELS.items()} | {"out": channels}
         self.set_output_stride(output_stride)
         init_convolutions(self)
 
@@ -137,7 +141,7 @@ class VGG16(ClassicBackbone):
                 x = F.avg_pool2d(x, 3, stride=1, padding=1)
             x = F.dropout(F.relu(self.fc6(x), inplace=True), self.dropout, self.training)
             x = F.dropout(F.relu(self.fc7(x), inplace=True), self.dropout, self.training)
-        return features | {"low": features["pool2"], "aux": features["pool4"], "out": x}
+        return features | {name: features[pool] for name, pool in LEVELS.items()} | {"out": x}
 
     def _apply_output_stride(self, output_stride: int) -> None:
         stride, rate = 1, 1

@@ -73,6 +73,7 @@ class DeepLabDT(SegmentationModel):
     def logits(self, x: Tensor) -> dict[str, Tensor]:
         """``{"out": [N, num_classes, H, W]}``, at the resolution of the image; with ``"aux"`` in training with aux_loss."""
         check_input(x)
+        self._check_statistics(x)
         features = self.backbone(x)
         size = x.shape[-2:]
         scores = upsample(self.classifier(features["out"]), size)
