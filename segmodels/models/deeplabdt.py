@@ -28,8 +28,8 @@ class DeepLabDT(SegmentationModel):
         backbone: see :class:`segmodels.backbones.base.Backbone`; its output stride is the model's.
         num_classes: channels of the logits.
         aux_loss: with an auxiliary head on the features before the last stage, active in training.
-        edge_levels: the backbone's features that EdgeNet reads, of ``"low"``, ``"aux"`` and ``"out"``; the paper takes some from
-            before the last stage.
+        edge_levels: the backbone's features that EdgeNet reads, of ``"low"``, ``"mid"``, ``"aux"`` and ``"out"``; the paper takes
+            some from before the last stage.
         sigma_s, sigma_r, iterations: of :func:`atrous_kernels.domain_transform`; the paper trains with widths 100 and 1.
         rates, image_pooling, dropout, head_channels, head_conv: as in :class:`segmodels.models.DeepLabV3`.
 

@@ -7,7 +7,7 @@ figure 7). One network sees the image at three scales, fused by their maximum (s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,6 +110,18 @@ class DeepLabV2(MultiScaleModel):
             for norm in self._norms():
                 norm.training = False
         return self
+
+    def start_from_classification(self, state: Mapping[str, Tensor]) -> None:
+        """On VGG-16 every branch starts with its fc6 and fc7, subsampled as LargeFOV's, where the file has them."""
+        if not isinstance(self.backbone, VGG16):
+            return
+        for branch in self.classifier.branches:
+            layers = {"fc6": branch[0], "fc7": branch[3]}
+            found = self.backbone.fully_connected_of(state, layers["fc6"].out_channels, layers["fc6"].kernel_size[0])
+            for key, value in found.items():
+                name, _, kind = key.partition(".")
+                with torch.no_grad():
+                    getattr(layers[name], kind).copy_(value)
 
     def _norms(self) -> list[nn.Module]:
         return [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]

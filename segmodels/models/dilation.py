@@ -38,7 +38,7 @@ class FrontEnd(ClassicModel):
 
     default_output_stride = STRIDE
     backbones = ("vgg16", *LIGHT_BACKBONES)
-    backbone_options: dict[str, Any] = {"fc6": "front-end", "padding": False, "dense_pools": False}
+    backbone_options: dict[str, Any] = {"fc6": "front-end", "layer_padding": False, "dense_pools": False}
     tile: tuple[int, int] | None = None
 
     def __init__(self, backbone: Backbone, num_classes: int = 21, *, aux_loss: bool = False) -> None:
