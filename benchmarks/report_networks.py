@@ -133,8 +133,8 @@ def families_section() -> str:
 
 Recipes `*_{data["name"]}_{height}x{width}_b{batch}`: {run["iteration"]} iterations of {batch} crops of {height}x{width} from
 images at about half their size; the same backbone, ImageNet weights and schedule, seed {run["seed"]}. mIoU on the {run["images"]}
-images of `{run["split"]}`, read at {run["config"]["eval"]["scales"][0]:g} of their size. Every family trains; runs this short,
-once each, do not say which is best.
+images of `{run["split"]}`, read at {"x".join(map(str, run["config"]["eval"]["canvas"]))} and scored at their own size. Every
+family trains; runs this short, once each, do not say which is best.
 
 {table(["recipe", "mIoU", "pixel accuracy", "mean accuracy", "parameters, millions", "minutes", "commit"], cells)}
 """

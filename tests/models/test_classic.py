@@ -149,7 +149,6 @@ def test_training_step(name, autocast):
         ("attentiontoscale_vgg16", {}),
         ("fcn8s_mobilenetv2", {}),
         ("dilation8_mobilenetv2", {}),
-        ("deeplabv1_mobilenetv2", {}),
         ("deeplabv2_resnet50", {}),
     ],
 )
@@ -222,8 +221,8 @@ def test_one_value_per_channel_in_training_says_what_to_do():
     for name in ("fcn32s_mobilenetv2", "frontend_mobilenetv2", "deeplabv1_mobilenetv2", "attentiontoscale_mobilenetv2"):
         with pytest.raises(ValueError, match="its map has one value per channel"):
             narrow(name)(torch.randn(1, 3, 7, 7))
-    # Two pixels at the full scale, one at the half.
-    with pytest.raises(ValueError, match="one image of 5 x 5 pixels"):
+    # Four values per channel at the full scale, one at three quarters.
+    with pytest.raises(ValueError, match="one image of 7 x 7 pixels"):
         narrow("attentiontoscale_mobilenetv2")(torch.randn(1, 3, 9, 9))
 
 
