@@ -214,6 +214,48 @@ def test_caffe_deeplab_resnet(tmp_path):
             torch.testing.assert_close(value, source.state_dict()[key])
 
 
+@pytest.mark.parametrize(("depth", "blocks", "stride_placement"), [(50, (3, 4, 6, 3), "1x1"), (101, (3, 4, 23, 3), "3x3")])
+def test_caffe_pspnet(tmp_path, depth, blocks, stride_placement):
+    """The authors' layer names; BatchNorm as scale, shift, mean and variance of ``[1, C, 1, 1]`` in one layer."""
+    narrow = {"width_mult": 1 / 32, "head_channels": 4}
+    source = create_model(f"pspnet_resnet{depth}", 5, stem="deep", bins=(6, 3, 2, 1), **narrow)
+    randomise(source)
+    body, blobs = source.backbone, {}
+
+    def add(name: str, convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+        blobs[name] = [convolution.weight.detach()]
+        values = (norm.weight.detach(), norm.bias.detach(), norm.running_mean, norm.running_var)
+        blobs[f"{name}/bn"] = [value[None, :, None, None] for value in values]
+
+    for name, i, norm in (("conv1_1_3x3_s2", 0, body.conv1[1]), ("conv1_2_3x3", 3, body.conv1[4]), ("conv1_3_3x3", 6, body.bn1)):
+        add(name, body.conv1[i], norm)
+    blobs["conv1_1_3x3_s2"][0] = blobs["conv1_1_3x3_s2"][0].flip(1)
+    for stage, count in enumerate(blocks, 2):
+        for i, block in enumerate(getattr(body, f"layer{stage - 1}")):
+            add(f"conv{stage}_{i + 1}_1x1_reduce", block.conv1, block.bn1)
+            add(f"conv{stage}_{i + 1}_3x3", block.conv2, block.bn2)
+            add(f"conv{stage}_{i + 1}_1x1_increase", block.conv3, block.bn3)
+            if i == 0:
+                add(f"conv{stage}_1_1x1_proj", *block.downsample)
+        assert i + 1 == count
+    for bins, level in zip((6, 3, 2, 1), source.classifier.ppm.features, strict=True):
+        add(f"conv5_3_pool{bins}_conv", level[1], level[2])
+    add("conv5_4", *source.classifier.cls[:2])
+    blobs["conv6"] = [source.classifier.cls[4].weight.detach(), source.classifier.cls[4].bias.detach()]
+    path = tmp_path / "net.caffemodel"
+    path.write_bytes(network(blobs))
+    loaded = create_model(f"pspnet_resnet{depth}", 5, weights=path, **narrow)
+    expected = source.state_dict()
+    assert [key for key, value in loaded.state_dict().items() if not value.equal(expected[key])] == []
+    assert loaded.backbone.stride_placement == stride_placement
+    assert (loaded.output_stride, loaded.align_corners, loaded.classifier.ppm.bins) == (8, True, (6, 3, 2, 1))
+    assert [round(255 * value, 3) for value in loaded.backbone.input_mean] == [123.68, 116.779, 103.939]
+    blobs["conv7"] = [torch.zeros(1, 1, 1, 1)]
+    path.write_bytes(network(blobs))
+    with pytest.raises(ValueError, match=r"unexpected conv7\.0"):
+        create_model(f"pspnet_resnet{depth}", 5, weights=path, **narrow)
+
+
 class PeerBlock(nn.Module):
     """kazuto1011's names and order: the stride in the first 1x1 convolution."""
 
