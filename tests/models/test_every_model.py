@@ -1,9 +1,12 @@
 """Every name of the registry: the smallest images, a step of training in both precisions, a batch of one.
 
-Narrow networks. That the losses fall, compiled graphs and exports are tested per system and per backbone in the files beside.
+Narrow networks. That the losses fall, compiled graphs and exports are tested per system and per backbone in the files beside;
+with EVERY_MODEL=1 in the environment, graphs and exports of every name here.
 """
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
@@ -52,3 +55,18 @@ def test_sizes_steps_and_a_batch_of_one(name: str) -> None:
         assert torch.isfinite(model(x[:1])["out"]).all()
     except ValueError as error:  # one image and a pooling over the whole of it: BatchNorm has no statistics
         assert "batch of 1" in str(error) or "one image" in str(error)  # noqa: PT017
+
+
+@pytest.mark.skipif("EVERY_MODEL" not in os.environ, reason="minutes; set EVERY_MODEL=1. CI has every system and backbone once")
+@pytest.mark.parametrize("name", list_models())
+def test_compiles_whole_and_exports(name: str) -> None:
+    torch._dynamo.reset()
+    model = narrow(name).eval()
+    x = torch.randn(1, 3, 33, 41)
+    with torch.no_grad():
+        expected = model(x)["out"]
+        compiled = torch.compile(model, backend="eager", fullgraph=True)(x)["out"]
+        exported = torch.export.export(model, (x,), strict=False).module()(x)["out"]
+    # The same operations, on strides that may differ: float32 rounding.
+    for actual in (compiled, exported):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * float(expected.abs().max()) + 1e-12)
