@@ -205,14 +205,14 @@ def _onnx_peers(model: torch.nn.Module, x: torch.Tensor, path: Path) -> dict[str
 
 
 def _extra_peak_bytes(case: Case, name: str) -> int:
-    """Of one call in a fresh process, after one on a smaller image."""
+    """Of the first call of this size in a fresh process, after one on a smaller image."""
     program = f"from benchmarks import bench_models as b; b.report_peak({case.model!r}, {case.batch}, {case.size}, {name!r})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 
 def report_peak(model: str, batch: int, size: tuple[int, int], name: str) -> None:
-    """Prints what inference adds to the resident memory at its peak; channels-last."""
+    """Prints what inference adds to the resident memory at its peak, weights that it rearranges included; channels-last."""
     network = create_model(model).eval()
     network = network if name.startswith("ours") else plain(network)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -222,7 +222,7 @@ def report_peak(model: str, batch: int, size: tuple[int, int], name: str) -> Non
         with torch.inference_mode():
             return network(x)["out"]
 
-    call(33, 33)  # loads the libraries and rearranges the weights
+    call(33, 33)  # loads the libraries
     print(peak_growth(partial(call, *size)))
 
 

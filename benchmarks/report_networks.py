@@ -59,7 +59,8 @@ def all_models_section() -> str:
 {machine_line(result)}
 
 Milliseconds per batch of {size}, the faster layout of each side; the same network and weights in the framework's own modules
-beside ours (the domain transform of `deeplabdt` is ours on both sides). Memory: what a call adds to a fresh process at its peak.
+beside ours (the domain transform of `deeplabdt` is ours on both sides). Memory: what the first call of this size adds to a fresh
+process at its peak, weights that it rearranges and keeps included.
 
 {table(["model", "framework, ms", "ours, ms", "ratio", "framework, MiB", "ours, MiB"], cells)}
 
