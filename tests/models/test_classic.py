@@ -9,6 +9,7 @@ from torch import nn
 
 from segmodels import create_model
 from segmodels.backbones import VGG16, AlexNet, GoogLeNet
+from segmodels.backbones.base import SamePaddedConv2d, set_geometry
 from segmodels.engine.losses import SegmentationLoss
 from segmodels.summary import summarise
 
@@ -202,6 +203,19 @@ def test_on_a_light_backbone_maps_lie_where_the_image_says():
         assert decoded[0, 0, :, 7].equal(torch.arange(65.0))
     features = model.backbone(torch.randn(1, 3, 65, 65))
     assert {name: features[name].shape[2] for name in ("out", "aux", "mid")} == {"out": 3, "aux": 5, "mid": 9}
+
+
+@pytest.mark.parametrize(("size", "row"), [(193, 0), (180, 19), (192, 31)])
+def test_tensorflows_padding_places_a_map_by_the_parity_of_its_sizes(size, row):
+    """docs/kernels.md: five strides on an image of ``size`` rows; each convolution picks the centre of its window."""
+    x = torch.arange(float(size))[:, None].expand(1, 1, size, size)
+    for _ in range(5):
+        layer = SamePaddedConv2d(1, 1, 3, bias=False)
+        set_geometry(layer, 2, rate=1)
+        with torch.no_grad():
+            nn.init.dirac_(layer.weight)
+            x = layer(x)
+    assert x[0, 0, :, 0].equal(row + 32.0 * torch.arange(x.shape[2]))
 
 
 def test_large_fov_behind_a_light_backbone():
