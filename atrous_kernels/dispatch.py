@@ -70,6 +70,8 @@ class Explanation:
 
 _implementations: dict[str, list[Implementation]] = {}
 _chosen: dict[tuple[Any, ...], Implementation] = {}
+#: Whole calls, kept by :mod:`atrous_kernels.repeats`; here because they hold choices.
+repeats: dict[tuple[Any, ...], Callable[..., Any]] = {}
 _default_backend = AUTO
 _precision = "fast"
 
@@ -159,6 +161,7 @@ def cached(op: str, backend: str, cache_key: tuple[Any, ...]) -> Implementation 
 def forget() -> None:
     """Drops cached choices, for use after libraries or settings change."""
     _chosen.clear()
+    repeats.clear()
 
 
 def _by_name(op: str, problem: Problem, name: str) -> Implementation:

@@ -9,7 +9,6 @@ error messages are made from the fields below, so they cannot drift from what th
 
 from __future__ import annotations
 
-import difflib
 import os
 import typing
 from dataclasses import dataclass, field, fields
@@ -20,28 +19,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from segmodels.settings import ConfigError, as_yaml, check_ranges, check_resolved, closest, expected_text, merge, read_yaml
+from segmodels.settings import setting as _setting
+
 RECIPES = Path(__file__).parent / "recipes"
-
-
-class ConfigError(ValueError):
-    """A setting that is unknown, of the wrong type or out of range; the message names key, value and what is expected."""
-
-
-def _setting(
-    default: Any,
-    text: str,
-    *,
-    low: float | None = None,
-    above: float | None = None,
-    high: float | None = None,
-    choices: tuple[str, ...] = (),
-    length: int | None = None,
-) -> Any:
-    """A field. ``low``/``high`` are inclusive bounds, ``above`` an exclusive one; for lists they hold for each element."""
-    metadata = {"text": text, "low": low, "above": above, "high": high, "choices": choices, "length": length}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -55,9 +36,14 @@ class DataConfig:
     options: dict[str, Any] = _setting({}, "further arguments of the data set, for both splits")
     crop: list[int] = _setting([321, 321], "height and width of the training crops", low=1, length=2)
     scale: list[float] = _setting([0.5, 2.0], "bounds of the random scale factor", above=0, length=2)
+    scale_step: float | None = _setting(None, "draw the factor from steps of this size; null: from the whole interval", above=0)
+    rotation: float = _setting(0.0, "largest angle, in degrees, by which every other image is rotated", low=0, high=180)
+    blur: float = _setting(0.0, "probability of a Gaussian blur", low=0, high=1)
     cat_max_ratio: float = _setting(1.0, "draw crops again in which one class covers more than this share", above=0, high=1)
     flip: float = _setting(0.5, "probability of mirroring left and right", low=0, high=1)
     jitter: float = _setting(0.0, "strength of the random brightness, contrast and saturation", low=0, high=1)
+    hard_classes: list[str] = _setting([], "training images that show one of these classes come hard_copies times per epoch")
+    hard_copies: int = _setting(2, "see hard_classes", low=2)
     cache: bool = _setting(True, "keep decoded images in memory")
     workers: int = _setting(0, "loading processes; 0 loads in the training process", low=0)
 
@@ -72,16 +58,20 @@ class ModelConfig:
     )
     weights_backbone: str | None = _setting(None, "classification weights of the backbone: imagenet, a file, or null")
     weights: str | None = _setting(None, "start from these weights: a checkpoint of segmodels.train, or a published network")
+    weights_skip: list[str] = _setting([], "with weights: parts of the network that do not take them, for example [classifier]")
     aux_loss: bool = _setting(False, "add the auxiliary head")
     options: dict[str, Any] = _setting({}, "further arguments of create_model: rates, separable, multi_grid, ...")
 
 
 @dataclass
 class TrainConfig:
-    """Optimisation. Rates follow the poly schedule lr * (1 - iteration / iterations) ** power."""
+    """Optimisation and the loss."""
 
     iterations: int = _setting(20000, "optimiser steps", low=1)
     batch_size: int = _setting(16, "images per step", low=1)
+    accumulate: int = _setting(
+        1, "parts that a batch is computed in, one after the other: less memory, the gradient of the whole batch", low=1
+    )
     optimizer: str = _setting("sgd", "optimiser", choices=("sgd", "adamw"))
     lr: float = _setting(0.01, "base learning rate", above=0)
     momentum: float = _setting(0.9, "momentum of sgd, beta1 of adamw", low=0, high=0.9999)
@@ -89,9 +79,28 @@ class TrainConfig:
     weight_decay: float = _setting(1e-4, "weight decay", low=0)
     decay_norm_and_bias: bool = _setting(False, "apply it to batch norm and biases as well")
     backbone_rate: float = _setting(1.0, "factor on the learning rate of the backbone", low=0)
-    power: float = _setting(0.9, "power of the poly schedule", low=0)
-    warmup_iterations: int = _setting(0, "first steps, in which the rate rises linearly", low=0)
+    head_rate: float = _setting(1.0, "factor on the learning rate of everything else", low=0)
+    bias_rate: float = _setting(1.0, "further factor on the learning rate of biases (not of batch norm's shifts)", low=0)
+    rates: dict[str, Any] = _setting(
+        {}, "factor per part of the network, in place of backbone_rate and head_rate: {backbone.fc6: 10}; the longest name counts"
+    )
+    schedule: str = _setting(
+        "poly", "of the rate: lr * (1 - iteration / iterations) ** power, lr * step_factor ** (steps that have passed), or lr",
+        choices=("poly", "step", "constant"),
+    )  # fmt: skip
+    power: float = _setting(0.9, "power of schedule=poly", low=0)
+    steps: list[int] = _setting([], "iterations at which schedule=step lowers the rate", low=1)
+    step_factor: float = _setting(0.1, "factor on the rate at each of the steps", above=0, high=1)
+    warmup: str = _setting(
+        "linear", "in the warm-up the rate rises from warmup_start, or stays there", choices=("linear", "constant")
+    )
+    warmup_iterations: int = _setting(0, "first steps, which are the warm-up", low=0)
     warmup_start: float = _setting(0.01, "factor on the rate at the first step of the warm-up", low=0, high=1)
+    freeze: list[str] = _setting([], "parts of the network that are not trained: [backbone.conv1, backbone.layer1]")
+    freeze_norm: bool = _setting(False, "every batch norm keeps its statistics, scale and shift")
+    norm_decay: float | None = _setting(
+        None, "decay of the running statistics of batch norm; null: the network's, mostly 0.9", low=0, high=0.999999
+    )
     label_smoothing: float = _setting(0.0, "label smoothing of the cross-entropy", low=0, high=0.99)
     class_weights: list[float] | None = _setting(None, "one weight per class in the cross-entropy", low=0)
     balance: float = _setting(
@@ -101,13 +110,18 @@ class TrainConfig:
         "image", "where the loss compares: scores upsampled to the labels, or labels sampled on the grid of the scores",
         choices=("image", "scores"),
     )  # fmt: skip
+    reduction: str = _setting("mean", "of the losses of all labelled pixels of a batch", choices=("mean", "sum"))
+    hard_fraction: float = _setting(1.0, "share of the pixels, those of largest loss, that are learned from", above=0, high=1)
+    hard_fraction_iterations: int = _setting(0, "first steps, in which that share falls from 1 linearly", low=0)
     aux_weight: float = _setting(0.4, "weight of the auxiliary loss", low=0)
     clip_norm: float = _setting(0.0, "largest norm of the gradient; 0 is off", low=0)
     ema_decay: float = _setting(
         0.0, "decay of the moving average of the weights, which is then what is evaluated; 0 is off", low=0, high=0.999999
     )
-    amp: str = _setting("none", "mixed precision", choices=("none", "bf16"))
+    amp: str = _setting("none", "mixed precision; fp16 scales the loss", choices=("none", "bf16", "fp16"))
     channels_last: bool = _setting(True, "channels-last memory layout")
+    compile: bool = _setting(False, "torch.compile the network")
+    checkpoint_blocks: bool = _setting(False, "recompute the blocks of the backbone in the backward pass: slower, less memory")
 
 
 @dataclass
@@ -146,6 +160,14 @@ class EvalConfig:
     crf_rnn: str | None = _setting(None, "weights of the CRF-RNN layer of refine=crf_rnn; by default it starts as a dense CRF")
     dt: list[float] = _setting([50.0, 100.0], "sigma_s, sigma_r of refine=dt, along image gradients", above=0, length=2)
     output_stride: int | None = _setting(None, "evaluate at another output stride than trained", low=4, high=256)
+    mode: str = _setting(
+        "whole", "what the network sees at once: the image; overlapping windows, whose probabilities are averaged; or tiles "
+        "with a margin, reflected at the borders of the image", choices=("whole", "slide", "tile"),
+    )  # fmt: skip
+    window: list[int] | None = _setting(None, "height and width of mode=slide and tile, margins included", low=1, length=2)
+    window_stride: float = _setting(2 / 3, "from one window of mode=slide to the next, as a share of it", above=0, high=1)
+    margin: int = _setting(0, "of the tiles of mode=tile, on each side; it is predicted by their neighbours", low=0)
+    long_side: int | None = _setting(None, "resize every image to this longer side at scale 1", low=1)
     canvas: list[int] | None = _setting(
         None, "height and width onto which every image is placed, top left; larger ones are reduced to it", low=1, length=2
     )
@@ -198,7 +220,8 @@ def load_config(
     """Reads a recipe and applies overrides.
 
     Args:
-        recipe: a YAML file, the name of a recipe of this package, a dictionary of sections, or None for the defaults.
+        recipe: a YAML file, the name of a recipe of this package, a dictionary of sections, or None for the defaults. Of a
+            recipe with stages it is the last one.
         overrides: ``section.key=value``; the value is read as YAML.
 
     Returns:
@@ -208,13 +231,38 @@ def load_config(
     Raises:
         ConfigError: unknown recipe, unreadable YAML, unknown key, wrong type or value out of range.
     """
+    return load_stages(recipe, overrides)[-1]
+
+
+def load_stages(
+    recipe: str | os.PathLike[str] | dict[str, Any] | None = None, overrides: list[str] | None = None
+) -> list[tuple[Config, dict[str, Any]]]:
+    """As :func:`load_config`, of every stage of a recipe.
+
+    A recipe may end with ``stages``, a list of sections. The first stage has the settings of the recipe with those of the first
+    entry on top, each further one those of the stage before with its entry on top; but ``model.weights_skip`` holds for its own
+    stage only. Without ``stages`` there is one. Overrides hold for all of them.
+    """
     merged = OmegaConf.structured(Config)
-    if isinstance(recipe, dict):
-        _merge(merged, recipe, "the configuration")
-    elif recipe is not None:
+    source, sections = "the configuration", dict(recipe) if isinstance(recipe, dict) else {}
+    if recipe is not None and not isinstance(recipe, dict):
         path = find_recipe(recipe)
-        _merge(merged, _read_yaml(path), str(path))
-    for text in overrides or []:
+        source, sections = str(path), read_yaml(path, SECTIONS)
+    stages = sections.pop("stages", [{}])
+    if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
+        raise ConfigError(f"stages={stages!r} in {source}: expected a list of sections {', '.join(SECTIONS)}")
+    merge(merged, sections, source, SECTIONS)
+    found = []
+    for number, stage in enumerate(stages, 1):
+        if number > 1:
+            merged.model.weights_skip = []
+        merge(merged, stage, f"stage {number} of {source}", SECTIONS)
+        found.append(_checked(merged.copy(), overrides or []))
+    return found
+
+
+def _checked(merged: DictConfig, overrides: list[str]) -> tuple[Config, dict[str, Any]]:
+    for text in overrides:
         key, equals, _ = text.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"override {text!r}: expected section.key=value, for example train.lr=0.02")
@@ -222,12 +270,13 @@ def load_config(
             given = OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=False)
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ConfigError(f"override {text!r}: the value is not YAML: {' '.join(str(error).split())}") from error
-        _merge(merged, given, "the command line")
+        merge(merged, given, "the command line", SECTIONS)
     raw = typing.cast("dict[str, Any]", OmegaConf.to_container(merged, resolve=False))
-    _check_resolved(merged, raw)
+    check_resolved(merged, raw)
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
-    _check_ranges(config)
+    check_ranges(config, SECTIONS)
+    _check_together(config)
     return config, raw
 
 
@@ -240,8 +289,7 @@ def find_recipe(name: str | os.PathLike[str]) -> Path:
     if packaged.is_file():
         return packaged
     known = recipes()
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    hint = f" (did you mean {close[0]}?)" if close else ""
+    hint = closest(name, known)
     raise ConfigError(f"--config {str(name)!r}{hint}: expected a YAML file or one of the recipes {', '.join(known)}")
 
 
@@ -258,87 +306,12 @@ def describe() -> str:
         hints = typing.get_type_hints(kind)
         for item in fields(kind):
             default = getattr(kind(), item.name)
-            expected = _expected(hints[item.name], item.metadata)
-            lines += [f"  {section}.{item.name}={_yaml(default)}   ({expected})", f"      {item.metadata['text']}"]
+            expected = expected_text(hints[item.name], item.metadata)
+            lines += [f"  {section}.{item.name}={as_yaml(default)}   ({expected})", f"      {item.metadata['text']}"]
     return "\n".join(lines).lstrip("\n")
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        given = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(given, dict):
-        raise ConfigError(f"{path}: expected sections {', '.join(SECTIONS)}, found {type(given).__name__}")
-    return typing.cast("dict[str, Any]", given)
-
-
-def _merge(merged: DictConfig, given: Any, source: str) -> None:
-    """Merges key by key, so that a failure can be named."""
-    for section, values in given.items():
-        if section not in SECTIONS:
-            raise ConfigError(f"unknown section {section!r} in {source}{_closest(section, SECTIONS)}; "
-                              f"expected one of {', '.join(SECTIONS)}")  # fmt: skip
-        if not isinstance(values, dict):
-            raise ConfigError(f"{section}={values!r} in {source}: expected keys of this section")
-        hints = typing.get_type_hints(SECTIONS[section])
-        items = {item.name: item for item in fields(SECTIONS[section])}
-        for key, value in values.items():
-            if key not in items:
-                raise ConfigError(f"unknown key {section}.{key} (value {value!r}) in {source}{_closest(key, items)}; "
-                                  f"expected one of {', '.join(items)}")  # fmt: skip
-            expected = _expected(hints[key], items[key].metadata)
-            # OmegaConf would turn 1.0 into True, 3 into "3" and "yes" into True; a setting of another type is a mistake.
-            if not _fits(value, hints[key]):
-                raise ConfigError(f"{section}.{key}={value!r} in {source}: expected {expected}")
-            try:
-                merged[section].merge_with({key: value})
-            except OmegaConfBaseException as error:
-                raise ConfigError(f"{section}.{key}={value!r} in {source}: expected {expected}") from error
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if isinstance(value, str) and "${" in value:
-        return True
-    if value is None:
-        return type(None) in typing.get_args(hint)
-    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] if _optional(hint) else [hint]
-    kind = kinds[0]
-    origin = typing.get_origin(kind)
-    if origin is list:
-        (element,) = typing.get_args(kind)
-        return isinstance(value, list) and all(_fits(entry, element) for entry in value)
-    if origin is dict:
-        return isinstance(value, dict)
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, kind)
-
-
-def _check_resolved(merged: DictConfig, raw: dict[str, Any]) -> None:
-    for section, values in raw.items():
-        for key, value in values.items():
-            try:
-                OmegaConf.to_container(merged[section], resolve=True) if isinstance(value, dict) else merged[section][key]
-            except OmegaConfBaseException as error:
-                reason = str(error).splitlines()[0].replace("KeyError raised while resolving interpolation: ", "").strip('"')
-                raise ConfigError(
-                    f"{section}.{key}={value!r}: {reason}; set it, or give {section}.{key}=VALUE on the command line"
-                ) from error
-
-
-def _check_ranges(config: Config) -> None:
-    for section, kind in SECTIONS.items():
-        values = getattr(config, section)
-        hints = typing.get_type_hints(kind)
-        for item in fields(kind):
-            value, meta = getattr(values, item.name), item.metadata
-            entries = value if isinstance(value, list) else [value]
-            wrong = [entry for entry in entries if entry is not None and not _in_range(entry, meta)]
-            if wrong or (meta["length"] is not None and value is not None and len(entries) != meta["length"]):
-                raise ConfigError(f"{section}.{item.name}={value!r}: expected {_expected(hints[item.name], meta)}")
+def _check_together(config: Config) -> None:
     for key, value in (("model", config.model.output_stride), ("eval", config.eval.output_stride)):
         if value is not None and value.bit_count() != 1:
             raise ConfigError(f"{key}.output_stride={value}: expected a power of two")
@@ -356,42 +329,39 @@ def _check_ranges(config: Config) -> None:
             raise ConfigError(f"weak.method={config.weak.method} needs weak.labels, a file of python -m segmodels.weak")
         if config.train.balance:
             raise ConfigError(f"train.balance={config.train.balance} counts label maps, which weak images lack: expected 0")
+    _check_training(config)
+    _check_windows(config.eval)
+
+
+def _check_training(config: Config) -> None:
+    train = config.train
+    for key, value in train.rates.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+            raise ConfigError(f"train.rates={{{key}: {value!r}}}: expected a factor, >= 0")
+    if train.batch_size % train.accumulate:
+        raise ConfigError(f"train.accumulate={train.accumulate}: expected a divisor of train.batch_size={train.batch_size}")
+    if (train.schedule == "step") != bool(train.steps):
+        raise ConfigError(f"train.steps={train.steps} with train.schedule={train.schedule}: expected iterations with step only")
+    if train.compile and train.checkpoint_blocks:
+        raise ConfigError("train.checkpoint_blocks=True with train.compile=True: expected only one of the two")
+    if train.steps != sorted(set(train.steps)):
+        raise ConfigError(f"train.steps={train.steps}: expected iterations in ascending order")
+    if config.weak.method != "none":
+        hard = config.data.hard_classes
+        for key, value, expected in (("train.accumulate", train.accumulate, 1), ("data.hard_classes", hard, [])):
+            if value != expected:
+                raise ConfigError(f"{key}={value} with weak.method={config.weak.method}: expected {expected}")
     if config.train.nesterov and (config.train.optimizer != "sgd" or not config.train.momentum):
         raise ConfigError("train.nesterov=True: expected train.optimizer=sgd with train.momentum above 0")
 
 
-def _in_range(value: Any, meta: Any) -> bool:
-    if meta["choices"]:
-        return value in meta["choices"]
-    if isinstance(value, (int, float)):
-        # written so that nan fails
-        return ((meta["low"] is None or value >= meta["low"]) and (meta["above"] is None or value > meta["above"])
-                and (meta["high"] is None or value <= meta["high"]) and abs(value) != float("inf"))  # fmt: skip
-    return True
-
-
-def _expected(hint: Any, meta: Any) -> str:
-    kind = str(hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else hint)
-    text = kind.replace("typing.", "").replace("NoneType", "None").replace("None", "null")
-    if meta["choices"]:
-        return f"one of {', '.join(meta['choices'])}"
-    bounds = [f"{sign} {meta[name]:g}" for name, sign in (("low", ">="), ("above", ">"), ("high", "<="))
-              if meta[name] is not None]  # fmt: skip
-    if meta["length"] is not None:
-        text += f" of {meta['length']}"
-    return ", ".join([text, " and ".join(bounds)]) if bounds else text
-
-
-def _optional(hint: Any) -> bool:
-    return type(None) in typing.get_args(hint)
-
-
-def _closest(word: Any, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def _yaml(value: Any) -> str:
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _check_windows(settings: EvalConfig) -> None:
+    mode, window, margin = settings.mode, settings.window, settings.margin
+    if (mode == "whole") != (window is None):
+        raise ConfigError(f"eval.window={window} with eval.mode={mode}: expected a size with slide and tile, and only there")
+    if margin and mode != "tile":
+        raise ConfigError(f"eval.margin={margin} with eval.mode={mode}: expected eval.mode=tile")
+    if window is not None and 2 * margin >= min(window):
+        raise ConfigError(f"eval.margin={margin}: expected less than half of eval.window={window}")
+    if settings.canvas is not None and (mode != "whole" or settings.long_side is not None):
+        raise ConfigError(f"eval.canvas={settings.canvas}: expected eval.mode=whole and no eval.long_side")

@@ -2,7 +2,7 @@
 
 Writes a colour overlay as PNG for every image, of any size. A folder stands for all images in it and below, a ``.txt`` file
 for the paths in it, one per line (relative ones are looked for beside the list). A file that cannot be read is named and
-skipped; exit code 1 says that some were.
+skipped; exit code 1 says that some were. With ``--submission``, writes what an evaluation server takes instead of pictures.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from segmodels.data.files import IMAGE_SUFFIXES
 from segmodels.engine.build import build_predictor, load_trained, prepare_runtime
 from segmodels.engine.cli import add_inference_flags, build_parser, flag_overrides, run_command, split_overrides
 from segmodels.engine.progress import Reporter, complain, say
+from segmodels.engine.submission import CLASSES, check_classes, write_submission
 from segmodels.engine.visualize import legend, overlay, write_png
 
 
@@ -29,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", metavar="DIR", required=True, help="folder of the pictures, made where missing")
     parser.add_argument("--alpha", type=float, default=0.5, help="share of the class colours in the overlay (0.5)")
     parser.add_argument("--masks", action="store_true", help="write the class ids as well, as STEM_mask.png")
+    parser.add_argument("--submission", metavar="NAME", help=f"label maps for a server instead: {', '.join(CLASSES)}")
     parser.add_argument("--attention", action="store_true", help="write how much each scale counts, as STEM_attention_SCALE.png")
     parser.add_argument("--stop-on-error", action="store_true", help="stop at the first file that cannot be read")
     parser.add_argument("inputs", nargs="+", metavar="INPUT or section.key=value", help="images, folders, lists, settings")
@@ -40,6 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     model, config, _, origin = load_trained(flags.checkpoint, flags.config, overrides + flag_overrides(flags))
     device = prepare_runtime(config)
     predictor = build_predictor(config, model.to(device), device)
+    if flags.submission is not None:
+        check_classes(flags.submission, len(origin.classes))
     colors = np.array(origin.colors, np.uint8)
     output = Path(flags.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -49,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     with reporter, atrous_kernels.backend(config.run.backend):
         for done, (file, name) in enumerate(files, 1):
             try:
-                image = read_image(file, exif_orientation=True)
+                image = read_image(file, exif_orientation=flags.submission is None)  # servers compare with the file as it lies
             except (DataError, OSError) as error:
                 if flags.stop_on_error:
                     raise
@@ -57,15 +61,21 @@ def main(arguments: list[str] | None = None) -> int:
                 skipped += 1
                 continue
             label = predictor(image)
+            reporter.update(done)
+            if flags.submission is not None:
+                write_submission(flags.submission, output, name, label)
+                continue
             write_png(output / f"{name}_overlay.png", overlay(image, label, colors, flags.alpha))
             if flags.masks:
                 write_png(output / f"{name}_mask.png", label)
             if flags.attention:
                 for scale, weight in zip(model.scales, predictor.attention(image), strict=True):  # type: ignore[arg-type]
                     write_png(output / f"{name}_attention_{scale:g}.png", (255 * weight).round().astype(np.uint8))
-            reporter.update(done)
-    write_png(output / "legend.png", legend(origin.classes, colors, 480))
-    say(f"wrote {len(files) - skipped} overlays and legend.png to {output}" + (f"; skipped {skipped}" if skipped else ""))
+    written = f"label maps for {flags.submission}"
+    if flags.submission is None:
+        write_png(output / "legend.png", legend(origin.classes, colors, 480))
+        written = "overlays and legend.png"
+    say(f"wrote {len(files) - skipped} {written} to {output}" + (f"; skipped {skipped}" if skipped else ""))
     return 1 if skipped else 0
 
 

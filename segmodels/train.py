@@ -1,16 +1,19 @@
 """``python -m segmodels.train --config RECIPE [section.key=value ...]``.
 
 Exit codes: 0 at the end of training, 1 for an error, 128 + N after signal N (130 for Ctrl-C, 143 for SIGTERM), with
-everything saved; the same command with ``--resume`` continues.
+everything saved; the same command with ``--resume`` continues. A recipe with stages trains one after the other, each from the
+weights of the one before, in the folders stage1, stage2 ... of the work-dir.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
-from segmodels.config import Config, ConfigError, load_config
+from segmodels.config import Config, ConfigError, load_stages
 from segmodels.engine.build import build_dataset, build_model, build_train_set, prepare_runtime, write_out_published_options
 from segmodels.engine.checkpoints import load_checkpoint
 from segmodels.engine.cli import build_parser, flag_overrides, run_command, split_overrides
@@ -35,12 +38,34 @@ def main(arguments: list[str] | None = None) -> int:
     recipe = flags.config
     if recipe is None and flags.resume and flags.work_dir and (Path(flags.work_dir) / "last.pt").is_file():
         recipe = load_checkpoint(Path(flags.work_dir) / "last.pt")["config"]
-    config, raw = load_config(recipe, overrides)
-    write_out_published_options(config, raw)
-    write_out_published_options(config, raw)
+    stages = load_stages(recipe, overrides)
+    first = stages[0][0]
+    name = Path(flags.config).stem if flags.config else f"{first.model.name}_{first.data.name}"
+    work_dir = Path(first.run.work_dir or f"runs/{name}")
+    if len(stages) == 1:
+        return train(*stages[0], work_dir)
+    for number, (config, raw) in enumerate(stages, 1):
+        if config.run.resume and _is_finished(work_dir / f"stage{number}"):
+            say(f"stage {number} of {len(stages)} is finished")
+            continue
+        if number > 1:
+            config.model.weights = raw["model"]["weights"] = str(work_dir / f"stage{number - 1}" / "last.pt")
+            config.model.weights_backbone = raw["model"]["weights_backbone"] = None
+        say(f"stage {number} of {len(stages)}")
+        code = train(config, raw, work_dir / f"stage{number}")
+        if code:
+            return code
+    return 0
 
-    name = Path(flags.config).stem if flags.config else f"{config.model.name}_{config.data.name}"
-    work_dir = Path(config.run.work_dir or f"runs/{name}")
+
+def train(config: Config, raw: dict[str, Any], work_dir: Path) -> int:
+    """Trains one stage into its folder; returns the exit code.
+
+    Args:
+        config, raw: as :func:`segmodels.config.load_config` returns them; changed in place.
+        work_dir: made where it is missing.
+    """
+    write_out_published_options(config, raw)
     # Not part of what was computed, and true only of this call: kept out of checkpoints and reports.
     for key in ("work_dir", "resume", "overwrite"):
         raw["run"].pop(key)
@@ -77,6 +102,11 @@ def _check_folder(work_dir: Path, config: Config) -> None:
             f"run.work_dir={str(work_dir)!r} is not empty: expected an empty or new folder, --resume to continue what is in "
             "it, or run.overwrite=true to replace it"
         )
+
+
+def _is_finished(work_dir: Path) -> bool:
+    metrics = work_dir / "metrics.json"
+    return metrics.is_file() and bool(json.loads(metrics.read_text())["finished"])
 
 
 def _remove_outputs(work_dir: Path) -> None:

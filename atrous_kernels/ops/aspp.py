@@ -183,7 +183,7 @@ def _fits_one_launch(input: Tensor, branches: Sequence[ConvBN], others: Sequence
         return False
     leaves = [t for b in (*branches, *others) for t in b[:3]]
     # Constant statistics with gradients are folded into the weights, branch by branch.
-    if not first.training and fused.gradients_wanted(input, *leaves):
+    if not first.training and conv.recorded(input, *leaves):
         return False
     return fused.chosen(input, first.training, None, "relu", backend) == "triton"
 

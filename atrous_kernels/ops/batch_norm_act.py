@@ -128,7 +128,8 @@ def _layout(tensor: Tensor) -> torch.memory_format:
     return torch.channels_last if conv.is_channels_last(tensor) else torch.contiguous_format
 
 
-def _dense(tensor: Tensor) -> Tensor:
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it, contiguous or channels-last."""
     return tensor.contiguous(memory_format=_layout(tensor))
 
 
@@ -145,7 +146,7 @@ def _train(
 ) -> tuple[Tensor, Tensor, Tensor]:
     # An op may not give back what it was given.
     known = None if mean is None or moment is None else (mean.clone(), moment.clone())
-    return train_pass(PASSES[backend], _dense(input), weight, bias, eps, activation, known=known, residual=residual)[:3]
+    return train_pass(PASSES[backend], dense(input), weight, bias, eps, activation, known=known, residual=residual)[:3]
 
 
 def _train_backward(
@@ -159,7 +160,7 @@ def _train_backward(
     activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    input = _dense(input)
+    input = dense(input)
     return train_gradients(PASSES[backend], grad, input, weight, bias, mean, moment, count_of(input), eps, activation)
 
 
@@ -202,11 +203,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _of_parameter(grad: Tensor, parameter: Tensor | None) -> Tensor | None:
+def of_parameter(grad: Tensor, parameter: Tensor | None) -> Tensor | None:
+    """The gradient in the parameter's type; None where there is no parameter."""
     return None if parameter is None else grad.to(parameter.dtype)
 
 
-def _gradient_inside(grad: Tensor, output: Tensor, activation: str) -> Tensor:
+def gradient_inside(grad: Tensor, output: Tensor, activation: str) -> Tensor:
+    """The gradient before an activation with this output."""
     if activation == "none":
         return grad
     if activation == "relu":
@@ -219,7 +222,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     eps, activation, backend = ctx.rest
     d_residual = None
     if output:
-        grad = d_residual = _gradient_inside(grad, output[0], activation)
+        grad = d_residual = gradient_inside(grad, output[0], activation)
         activation = "none"
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         d_input, d_weight, d_bias = reference.gradients(grad, input, weight, bias, eps, *BOUNDS[activation])
@@ -228,7 +231,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
             grad, input, weight, bias, mean, moment, eps, activation, backend
         )
     # The given statistics are those of the input, so the input's gradient holds their share.
-    return d_input, _of_parameter(d_weight, weight), _of_parameter(d_bias, bias), *(None,) * 5, d_residual
+    return d_input, of_parameter(d_weight, weight), of_parameter(d_bias, bias), *(None,) * 5, d_residual
 
 
 torch.library.register_autograd("atrous::batch_norm_act_train", _backward, setup_context=_save, lib=_library)
@@ -259,7 +262,7 @@ class _SynchronisedTrain(torch.autograd.Function):
             whole = merge_statistics(*_gather(mean, moment, count, group))
             return whole[0].to(mean.dtype), whole[1].to(mean.dtype), whole[2]
 
-        input, known = _dense(input), None if mean is None or moment is None else (mean, moment)
+        input, known = dense(input), None if mean is None or moment is None else (mean, moment)
         output, mean, moment, count = train_pass(PASSES[backend], input, weight, bias, eps, activation, merge, known)
         ctx.save_for_backward(input, weight, bias, mean, moment)
         ctx.mark_non_differentiable(mean, moment)
@@ -286,7 +289,7 @@ class _SynchronisedTrain(torch.autograd.Function):
         d_input, d_weight, d_bias = train_gradients(
             PASSES[ctx.backend], grad, input, weight, bias, mean, moment, count, eps, activation, merge
         )
-        return d_input, _of_parameter(d_weight, weight), _of_parameter(d_bias, bias), *(None,) * 6
+        return d_input, of_parameter(d_weight, weight), of_parameter(d_bias, bias), *(None,) * 6
 
 
 def _gather(mean: Tensor, moment: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -58,12 +58,15 @@ def layout_of(*tensors: Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether kernels can read the tensor as it is: NCHW or NHWC without gaps."""
+    return tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
+
+
 def dense(tensor: Tensor) -> Tensor:
-    """Kernels read dense NCHW or NHWC; anything else is copied into the layout that its strides suggest."""
+    """The tensor, or a copy in the layout that its strides suggest, that kernels can read."""
     tensor = tensor.resolve_conj()
-    if tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last):
-        return tensor
-    return tensor.contiguous(memory_format=layout_of(tensor))
+    return tensor if is_dense(tensor) else tensor.contiguous(memory_format=layout_of(tensor))
 
 
 # Choosing -------------------------------------------------------------------------------------------------------------
@@ -131,11 +134,23 @@ def conv2d_kernel(
     backend: str,
 ) -> Tensor:
     """What the op ``conv2d`` runs."""
-    layout = layout_of(input, weight)
-    geometry = (stride, padding, dilation, groups)
-    chosen = pick("conv2d", backend, input.shape, weight.shape, geometry, input, layout is torch.channels_last)
-    bias = None if bias is None else bias.contiguous()
-    return chosen.run(dense(input), dense(weight), bias, *geometry).contiguous(memory_format=layout)
+    return Call(input, weight, (stride, padding, dilation, groups), backend)(dense(input), dense(weight), bias)
+
+
+class Call:
+    """A choice for tensors with the sizes, strides and dtype of these, to be called with dense ones."""
+
+    __slots__ = ("backend", "geometry", "layout", "run")
+
+    def __init__(self, input: Tensor, weight: Tensor, geometry: tuple[Ints, Ints, Ints, int], backend: str) -> None:
+        self.geometry, self.backend, self.layout = geometry, backend, layout_of(input, weight)
+        last = self.layout is torch.channels_last
+        self.run = pick("conv2d", backend, input.shape, weight.shape, geometry, input, last).run
+
+    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        bias = None if bias is None else bias.contiguous()
+        out: Tensor = self.run(input, weight, bias, *self.geometry)
+        return out.contiguous(memory_format=self.layout)
 
 
 def _conv2d_input(
@@ -180,16 +195,24 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def unobserved(*tensors: Tensor | None) -> bool:
-    """Whether the kernel of an op may be called as a function: no graph, trace, transform, mode or autocast has to see the op."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or torch._C._get_tracing_state() is not None:
+    """Whether the kernel of an op may be called as a function: but for autograd (see :func:`recorded`), no trace, transform,
+    mode or autocast has to see the op."""
+    return not torch.is_autocast_enabled("cpu") and unobserved_but_for_autocast(*tensors)
+
+
+def unobserved_but_for_autocast(*tensors: Tensor | None) -> bool:
+    """The same for tensors that have the dtypes which a region of autocast wants."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
     if torch._C._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0:
         return False
-    grad, wrapped = torch.is_grad_enabled(), torch._C._functorch.is_functorch_wrapped_tensor
-    for t in tensors:
-        if t is not None and (type(t) not in _PLAIN or (grad and t.requires_grad) or not t.is_cpu or wrapped(t)):
-            return False
-    return True
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return not any(t is not None and (type(t) not in _PLAIN or not t.is_cpu or wrapped(t)) for t in tensors)
+
+
+def recorded(*tensors: Tensor | None) -> bool:
+    """Whether a graph is being recorded that one of the tensors is a part of."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 # Fake -----------------------------------------------------------------------------------------------------------------
@@ -228,13 +251,18 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*(x for x in inputs[:3] if isinstance(x, Tensor)))
 
 
+def gradients(ctx: Any, grad: Tensor, input: Tensor, weight: Tensor, geometry: Any) -> tuple[Tensor | None, Tensor | None]:
+    """In input and weight, where they are needed; ``geometry`` ends with the backend."""
+    plain = unobserved(grad, input, weight) and not recorded(grad, input, weight)
+    of_input, of_weight = (_conv2d_input, _conv2d_weight) if plain else (conv2d_input, conv2d_weight)
+    grad_input = of_input(input.shape, weight, grad, *geometry) if ctx.needs_input_grad[0] else None
+    return grad_input, of_weight(input, weight.shape, grad, *geometry) if ctx.needs_input_grad[1] else None
+
+
 def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     input, weight = (tensor.conj() for tensor in ctx.saved_tensors[:2])
-    needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    grad_input = conv2d_input(input.shape, weight, grad, *ctx.geometry) if needs_input else None
-    grad_weight = conv2d_weight(input, weight.shape, grad, *ctx.geometry) if needs_weight else None
-    grad_bias = grad.sum((0, 2, 3)) if needs_bias else None
-    return grad_input, grad_weight, grad_bias, *_NO_GRADS
+    grad_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
+    return *gradients(ctx, grad, input, weight, ctx.geometry), grad_bias, *_NO_GRADS
 
 
 def _conv2d_input_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -257,6 +285,29 @@ _NO_GRADS = (None,) * 5  # stride, padding, dilation, groups, backend
 torch.library.register_autograd("atrous::conv2d", _conv2d_backward, setup_context=_save, lib=_library)
 torch.library.register_autograd("atrous::conv2d_input", _conv2d_input_backward, setup_context=_save, lib=_library)
 torch.library.register_autograd("atrous::conv2d_weight", _conv2d_weight_backward, setup_context=_save, lib=_library)
+
+
+
+class Recorded(torch.autograd.Function):
+    """The op in a graph that nothing else observes."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        ctx.geometry = (*call.geometry, call.backend)
+        return call(input, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return _conv2d_backward(ctx, grad)[:4]
+
+
+def run(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The call on dense tensors that nothing but autograd observes."""
+    if recorded(input, weight, bias):
+        return Recorded.apply(input, weight, bias, call)
+    return call(input, weight, bias)
+
 
 conv2d = torch.ops.atrous.conv2d.default
 conv2d_input = torch.ops.atrous.conv2d_input.default

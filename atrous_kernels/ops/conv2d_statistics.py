@@ -32,9 +32,10 @@ _library.define(
 )
 
 
-def _kernel(
+def conv2d_statistics_kernel(
     input: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilation: Ints, groups: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """What the op runs."""
     layout = conv.layout_of(input, weight)
     geometry = (stride, padding, dilation, groups)
     last = layout is torch.channels_last
@@ -44,7 +45,7 @@ def _kernel(
 
 
 for _key in ("CPU", "CUDA"):
-    _library.impl("conv2d_statistics", _kernel, _key)
+    _library.impl("conv2d_statistics", conv2d_statistics_kernel, _key)
 
 
 @torch.library.register_fake("atrous::conv2d_statistics", lib=_library)
@@ -61,10 +62,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     input, weight = ctx.saved_tensors
-    needs_input, needs_weight = ctx.needs_input_grad[:2]
-    grad_input = conv.conv2d_input(input.shape, weight, grad, *ctx.geometry) if needs_input else None
-    grad_weight = conv.conv2d_weight(input, weight.shape, grad, *ctx.geometry) if needs_weight else None
-    return grad_input, grad_weight, *(None,) * 5
+    return *conv.gradients(ctx, grad, input, weight, ctx.geometry), *(None,) * 5
 
 
 torch.library.register_autograd("atrous::conv2d_statistics", _backward, setup_context=_save, lib=_library)

@@ -53,12 +53,25 @@ def conv_bn_act_kernel(
     backend: str,
 ) -> Tensor:
     """What the op runs."""
-    layout = conv.layout_of(input, weight)
-    geometry = (stride, padding, dilation, groups)
-    pick = conv.pick("conv_bn_act", backend, input.shape, weight.shape, geometry, input, layout is torch.channels_last)
-    norm = (bn_weight, bn_bias, mean, var)
-    out = pick.run(conv.dense(input), conv.dense(weight), norm, residual, eps, activation, *geometry)
-    return out.contiguous(memory_format=layout)
+    call = Call(input, weight, activation, (stride, padding, dilation, groups), backend)
+    return call(conv.dense(input), conv.dense(weight), (bn_weight, bn_bias, mean, var), residual, eps)
+
+
+class Call:
+    """A choice for tensors with the sizes, strides and dtype of these, to be called with dense ones."""
+
+    __slots__ = ("arguments", "layout", "run")
+
+    def __init__(
+        self, input: Tensor, weight: Tensor, activation: str, geometry: tuple[Ints, Ints, Ints, int], backend: str
+    ) -> None:
+        self.arguments, self.layout = (activation, *geometry), conv.layout_of(input, weight)
+        last = self.layout is torch.channels_last
+        self.run = conv.pick("conv_bn_act", backend, input.shape, weight.shape, geometry, input, last).run
+
+    def __call__(self, input: Tensor, weight: Tensor, norm: Norm, residual: Tensor | None, eps: float) -> Tensor:
+        out: Tensor = self.run(input, weight, norm, residual, eps, *self.arguments)
+        return out.contiguous(memory_format=self.layout)
 
 
 def activate_(tensor: Tensor, activation: str) -> Tensor:

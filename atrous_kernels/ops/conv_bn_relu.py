@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,9 +14,10 @@ from torch import Tensor
 from atrous_kernels import dispatch, native
 from atrous_kernels.dispatch import Implementation
 from atrous_kernels.ops import conv2d as conv
-from atrous_kernels.ops.batch_norm_act import PASSES, Known, batch_norm_act_, train
+from atrous_kernels.ops.batch_norm_act import PASSES, Known, batch_norm_act_, count_of, train
 from atrous_kernels.ops.conv2d_statistics import conv2d_statistics
-from atrous_kernels.ops.conv_bn_act import NATIVE_DTYPES, conv_bn_act, conv_bn_act_kernel
+from atrous_kernels.ops.conv_bn_act import NATIVE_DTYPES, Call, conv_bn_act, conv_bn_act_kernel
+from atrous_kernels.ops.conv_bn_act_train import ConvBnActTrain
 from atrous_kernels.problem import ConvProblem
 from atrous_kernels.reference import conv_bn_relu as reference
 from atrous_kernels.triton import runtime
@@ -124,11 +125,6 @@ def inner_backend(input: Tensor, training: bool, group: Any, backend: str) -> st
     return backend if backend == dispatch.AUTO else chosen(input, training, group, "relu", backend)
 
 
-def gradients_wanted(*leaves: Tensor | None) -> bool:
-    """Whether a graph is being recorded that one of the tensors is a part of."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
-
-
 class Normalisation(NamedTuple):
     """What follows a convolution: :meth:`fold` before it, :meth:`apply` after it."""
 
@@ -143,7 +139,7 @@ class Normalisation(NamedTuple):
         are wanted, which are then those of the convolution alone, any number of times."""
         bn_weight, bn_bias, mean, var = self.norm
         leaves = (input, weight, bn_weight, bn_bias)
-        wanted = gradients_wanted(*leaves)
+        wanted = conv.recorded(*leaves)
         passes = chosen(input, self.training, self.process_group, "relu", backend) != "torch"
         if self.training or (passes and not wanted):
             return weight, None
@@ -187,8 +183,7 @@ class Normalisation(NamedTuple):
         out, batch_mean, moment, count = train(
             out, bn_weight, bn_bias, self.eps, activation, name, self.process_group, known, residual
         )
-        if mean is not None and var is not None and count > 0:
-            update_running(mean, var, batch_mean, moment, count, self.momentum)
+        update_running(mean, var, batch_mean, moment, count, self.momentum)
         return out
 
 
@@ -207,7 +202,7 @@ def conv_bn_relu(
     backend: str,
 ) -> Tensor:
     """``norm``: bn_weight, bn_bias, running_mean, running_var. Checked arguments; see :mod:`atrous_kernels.functional`."""
-    if not training and _finishes_sums(input, weight, norm, residual, backend):
+    if not training and not conv.recorded(input, weight, residual, *norm[:2]) and _finishes_sums(input, backend):
         input, weight, residual = autocast(input, weight, residual)
         run: Any = conv_bn_act_kernel if conv.unobserved(input, weight, residual, *norm) else conv_bn_act
         return run(input, weight, *norm, residual, eps, activation, *geometry, backend)
@@ -223,7 +218,15 @@ def conv_bn_relu(
         return activate(out + residual, activation, inplace=not torch.compiler.is_compiling())
     following = Normalisation(norm, training, momentum, eps, process_group)
     if statistics:
-        out, *known = conv2d_statistics(input, weight, *geometry, inner_backend(input, True, process_group, backend))
+        inner = inner_backend(input, True, process_group, backend)
+        if process_group is None and conv.unobserved_but_for_autocast(input, weight, residual, *norm):
+            bn_weight, bn_bias, running_mean, running_var = norm
+            out, mean, moment = ConvBnActTrain.apply(
+                input, weight, bn_weight, bn_bias, residual, geometry, inner, eps, activation, name
+            )
+            update_running(running_mean, running_var, mean, moment, count_of(out), momentum)
+            return out
+        out, *known = conv2d_statistics(input, weight, *geometry, inner)
         return following.apply(out, folded=False, activation=activation, backend=backend, known=known, residual=residual)
     weight, bias = following.fold(input, weight, backend)
     inner = inner_backend(input, training, process_group, backend)
@@ -231,10 +234,17 @@ def conv_bn_relu(
     return following.apply(out, folded=bias is not None, activation=activation, backend=backend)
 
 
-def _finishes_sums(input: Tensor, weight: Tensor, norm: Sequence[Tensor | None], residual: Tensor | None, backend: str) -> bool:
-    """Whether the convolution may normalise its own sums: nobody wants gradients and nobody asked for other kernels."""
-    if gradients_wanted(input, weight, residual, *norm[:2]):
-        return False
+def finishing(
+    input: Tensor, weight: Tensor, activation: str, geometry: tuple[Any, Any, Any, int], backend: str
+) -> Callable[..., Tensor] | None:
+    """What computes inference on dense tensors like these in the convolution's own pass, if anything does."""
+    if not _finishes_sums(input, backend):
+        return None
+    return Call(input, weight, activation, geometry, backend)
+
+
+def _finishes_sums(input: Tensor, backend: str) -> bool:
+    """Whether the convolution may normalise its own sums: nobody asked for other kernels."""
     name = chosen(input, False, None, "relu", backend)
     if backend == dispatch.AUTO and dispatch.default_backend() not in (dispatch.AUTO, "cpu", "winograd", "triton"):
         return False
@@ -258,7 +268,10 @@ def activate(tensor: Tensor, activation: str, inplace: bool) -> Tensor:
 
 
 @torch.no_grad()
-def update_running(mean: Tensor, var: Tensor, batch_mean: Tensor, moment: Tensor, count: int, momentum: float) -> None:
+def update_running(
+    mean: Tensor | None, var: Tensor | None, batch_mean: Tensor, moment: Tensor, count: int, momentum: float
+) -> None:
     """Moving averages, with the unbiased variance, as the framework's batch_norm."""
-    mean.lerp_(batch_mean.to(mean.dtype), momentum)
-    var.lerp_((moment / max(count - 1, 1)).to(var.dtype), momentum)
+    if mean is not None and var is not None and count > 0:
+        mean.lerp_(batch_mean.to(mean.dtype), momentum)
+        var.lerp_((moment / max(count - 1, 1)).to(var.dtype), momentum)

@@ -154,8 +154,12 @@ def _native(
 
     scale = upstream
     if hard_fraction < 1:
-        kept = reference.hard_pixels(run(None, True, False)[0], target != ignore_index, hard_fraction)
-        scale = kept.to(logits.dtype) if upstream is None else kept * upstream
+        kept = run(None, True, False)[0]
+        if kept.is_cpu:
+            torch.ops.atrous_native.hard_pixels_(kept, target, ignore_index, hard_fraction)
+        else:
+            kept = reference.hard_pixels(kept, target != ignore_index, hard_fraction).to(logits.dtype)
+        scale = kept if upstream is None else kept.mul_(upstream)
     loss, gradient, (total, divisor) = run(scale, reduction == "none", with_gradient)
     if reduction == "none":
         return loss, gradient

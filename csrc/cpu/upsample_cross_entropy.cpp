@@ -40,8 +40,11 @@ template <class T, class From> class Worker {
     const int64_t first = (image * s_.out_h + y) * s_.out_w;
     for (int64_t r = 0; r < rows; ++r) {
       read_labels(static_cast<const From*>(job_.labels) + first + r * s_.out_w, labels_.as<Label<T>>() + r * grid_.columns);
-      if (job_.scale)
-        std::copy_n(static_cast<const T*>(job_.scale) + first + r * s_.out_w, s_.out_w, scale_.as<T>() + r * grid_.columns);
+      if (job_.scale) {
+        T* scale = scale_.as<T>() + r * grid_.columns;
+        std::copy_n(static_cast<const T*>(job_.scale) + first + r * s_.out_w, s_.out_w, scale);
+        std::fill(scale + s_.out_w, scale + grid_.columns, T{0});
+      }
     }
     if (failed_) return;
     for (int64_t x = 0; x < grid_.columns; x += tile_width_) tile(x, y, rows, sums);
@@ -53,6 +56,7 @@ template <class T, class From> class Worker {
   void tile(int64_t x, int64_t y, int64_t rows, double* sums) {
     const auto& kernels = upsample_kernels<T>();
     const int64_t lanes = kernels.lanes, width = x + tile_width_ <= grid_.columns ? tile_width_ : lanes;
+    if (job_.scale && !job_.pixel_loss && all_zero(x, width, rows)) return;
     const UpsampleColumns<T> columns = grid_.tile(x, width);
     T *base = tile_.as<T>(), *delta = base + tile_size_, *exponentials = delta + tile_size_;
     T *sum = exponentials + tile_size_, *slope = sum + tile_size_;
@@ -65,6 +69,14 @@ template <class T, class From> class Worker {
         job_.scale ? scale_.as<T>() + x : nullptr, job_.pixel_loss ? loss_.as<T>() + x : nullptr, sums,
         gradient ? sum : nullptr, slope, exponentials});
     if (gradient) kernels.spread(columns, sum, slope, here_, below_);
+  }
+
+  // Whether no pixel of the tile takes part: most tiles, where few hard pixels do.
+  bool all_zero(int64_t x, int64_t width, int64_t rows) const {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = x; i < x + width; ++i)
+        if (scale_.as<T>()[r * grid_.columns + i] != 0) return false;
+    return true;
   }
 
   void read_labels(const From* from, Label<T>* to) {

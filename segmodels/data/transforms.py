@@ -158,6 +158,49 @@ class RandomFlip:
         return f"RandomFlip({self.probability})"
 
 
+class RandomRotation:
+    """Rotates about the centre by an angle drawn from ``-degrees .. degrees``, with the given probability (PSPNet, Zhao et al.
+    2017, arXiv:1612.01105, section 5.1: 10 degrees). The size stays; what comes in from outside is new."""
+
+    def __init__(self, degrees: float = 10.0, probability: float = 0.5):
+        if not 0 <= degrees <= 180:
+            raise ValueError(f"RandomRotation degrees is {degrees}; expected 0 to 180")
+        if not 0 <= probability <= 1:
+            raise ValueError(f"RandomRotation probability is {probability}; expected 0 to 1")
+        self.degrees, self.probability = degrees, probability
+
+    def __call__(self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> Pair:
+        if rng.random() >= self.probability:
+            return image, label
+        height, width = label.shape
+        center = (width - 1) / 2, (height - 1) / 2
+        turn = cv2.getRotationMatrix2D(center, float(rng.uniform(-self.degrees, self.degrees)), 1.0)
+        image = cv2.warpAffine(image, turn, (width, height), flags=cv2.INTER_LINEAR, borderValue=FILL)
+        label = cv2.warpAffine(label, turn, (width, height), flags=cv2.INTER_NEAREST, borderValue=(IGNORE_INDEX,))
+        return image, label
+
+    def __repr__(self) -> str:
+        return f"RandomRotation({self.degrees}, {self.probability})"
+
+
+class RandomBlur:
+    """Blurs the image with a Gaussian of 5 x 5 pixels (standard deviation 1.1), with the given probability (PSPNet, as
+    :class:`RandomRotation`). Labels stay."""
+
+    def __init__(self, probability: float = 0.5):
+        if not 0 <= probability <= 1:
+            raise ValueError(f"RandomBlur probability is {probability}; expected 0 to 1")
+        self.probability = probability
+
+    def __call__(self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> Pair:
+        if rng.random() >= self.probability:
+            return image, label
+        return cv2.GaussianBlur(image, (5, 5), 1.1), label
+
+    def __repr__(self) -> str:
+        return f"RandomBlur({self.probability})"
+
+
 class ColorJitter:
     """Multiplies brightness, contrast (about the image's mean grey) and saturation by factors drawn from
     ``1 - x .. 1 + x``. Labels stay."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import random
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import cv2
@@ -15,18 +16,22 @@ from torch import Tensor, nn
 from segmodels.backbones.weights import read_state_dict
 from segmodels.config import Config, ConfigError, load_config
 from segmodels.data import SegmentationDataset, class_names, create_dataset
+from segmodels.data.hard_classes import HardClasses
 from segmodels.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     ColorJitter,
     Compose,
+    RandomBlur,
     RandomCrop,
     RandomFlip,
+    RandomRotation,
     RandomScale,
     Transform,
 )
 from segmodels.engine.checkpoints import CheckpointError, is_checkpoint, load_checkpoint
 from segmodels.engine.inference import Predictor, Refinement
+from segmodels.engine.parts import part_of
 from segmodels.readers import read_published
 from segmodels.refine import CRFRNN, DenseCRF, DomainTransform, unary_from_probabilities
 from segmodels.registry import create_model
@@ -74,11 +79,12 @@ def build_dataset(config: Config, split: str) -> SegmentationDataset:
 def build_train_set(config: Config) -> SegmentationDataset:
     """The training split with the images that ``config.weak`` leaves, strong or weak; errors as those of its parts."""
     dataset, settings = build_dataset(config, config.data.train_split), config.weak
-    if settings.method == "none" and not settings.strong:
-        return dataset
     strong = draw_strong(len(dataset), settings.strong, settings.strong_seed)
     if settings.method == "none":
-        return Subset(dataset, np.flatnonzero(strong).tolist())
+        if settings.strong:
+            dataset = Subset(dataset, np.flatnonzero(strong).tolist())
+        hard = config.data.hard_classes
+        return HardClasses(dataset, hard, config.data.hard_copies) if hard else dataset
     assert settings.labels is not None  # the configuration has checked it
     return WeakDataset(dataset, WeakLabels.load(settings.labels), ~strong, settings.method, settings.labels)
 
@@ -96,9 +102,13 @@ def build_sampler(config: Config, train_set: SegmentationDataset) -> MixedSample
 
 
 def build_transforms(config: Config) -> Transform:
-    """Scale, colour, flip and crop (DeepLabv3, Chen et al. 2017, arXiv:1706.05587, section 4.1)."""
+    """Scale, flip and crop (DeepLabv3, Chen et al. 2017, arXiv:1706.05587, section 4.1), rotation and blur (PSPNet), colour."""
     data = config.data
-    transforms: list[Transform] = [RandomScale(*data.scale)]
+    transforms: list[Transform] = [RandomScale(data.scale[0], data.scale[1], data.scale_step)]
+    if data.rotation:
+        transforms.append(RandomRotation(data.rotation))
+    if data.blur:
+        transforms.append(RandomBlur(data.blur))
     if data.flip:
         transforms.append(RandomFlip(data.flip))
     transforms.append(RandomCrop(data.crop, data.cat_max_ratio))
@@ -121,7 +131,9 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
         **settings.options,
     )
     if settings.weights is not None and continued:
-        _load_weights(model, load_checkpoint(settings.weights), settings.weights, settings.name)
+        _load_weights(model, load_checkpoint(settings.weights), settings.weights, settings.name, settings.weights_skip)
+    elif settings.weights_skip:
+        raise ConfigError(f"model.weights_skip={settings.weights_skip}: expected model.weights, a checkpoint of segmodels.train")
     return model
 
 
@@ -139,9 +151,17 @@ def write_out_published_options(config: Config, raw: dict[str, Any]) -> None:
         raw["model"]["options"] = options | raw["model"]["options"]
 
 
-def _load_weights(model: nn.Module, state: dict[str, Any], path: str | os.PathLike[str], name: str) -> None:
-    """The weights of a checkpoint: the averaged ones where the run kept an average."""
+def _load_weights(
+    model: nn.Module, state: dict[str, Any], path: str | os.PathLike[str], name: str, skip: Sequence[str] = ()
+) -> None:
+    """The weights of a checkpoint, but for the parts in ``skip``: the averaged ones where the run kept an average."""
     weights = state["ema"]["model"] if state.get("ema") else state["model"]
+    own = model.state_dict()
+    for part in skip:
+        if not any(part_of(key, [part]) for key in (*own, *weights)):
+            raise ConfigError(f"model.weights_skip: neither {name} nor {path} has a part {part!r}")
+    weights = {key: value for key, value in weights.items() if part_of(key, skip) is None}
+    weights |= {key: value for key, value in own.items() if part_of(key, skip) is not None}
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -168,7 +188,12 @@ def build_predictor(config: Config, model: nn.Module, device: torch.device) -> P
         refine=_refinement(config),
         canvas=config.eval.canvas,
         device=device,
-        amp=config.train.amp != "none",
+        amp=config.train.amp,
+        mode=config.eval.mode,
+        window=config.eval.window,
+        window_stride=config.eval.window_stride,
+        margin=config.eval.margin,
+        long_side=config.eval.long_side,
         channels_last=config.train.channels_last,
     )
 

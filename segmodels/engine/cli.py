@@ -43,6 +43,7 @@ def add_inference_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="instead: a recipe whose model.weights is a published network")
     parser.add_argument("--scales", type=float, nargs="+", metavar="S", help="eval.scales")
     parser.add_argument("--flip", action="store_true", help="eval.flip=true")
+    parser.add_argument("--slide", type=int, nargs=2, metavar=("H", "W"), help="eval.mode=slide eval.window=[H,W]")
     parser.add_argument("--refine", metavar="NAME", help="eval.refine: none, crf, crf_rnn, dt")
 
 
@@ -56,6 +57,8 @@ def flag_overrides(flags: argparse.Namespace) -> list[str]:
         value = getattr(flags, name, None)
         if value is not None:
             given.append(f"{key}={value}")
+    if getattr(flags, "slide", None) is not None:
+        given += ["eval.mode=slide", f"eval.window={flags.slide}"]
     for name, override in (("amp", "train.amp=bf16"), ("resume", "run.resume=true"), ("flip", "eval.flip=true")):
         if getattr(flags, name, False):
             given.append(override)

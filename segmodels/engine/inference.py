@@ -16,13 +16,15 @@ import atrous_kernels
 from segmodels.data import SegmentationDataset
 from segmodels.data.transforms import IMAGENET_MEAN, IMAGENET_STD, to_tensor
 from segmodels.engine.metrics import ConfusionMatrix
+from segmodels.engine.precision import autocast
+from segmodels.engine.windows import Windows
 
 Refinement = Callable[[Tensor, Tensor], Tensor]
 
 
 class Predictor:
-    """Whole-image inference. The network takes any size, so without ``canvas`` images are not padded: added borders would be
-    one more thing that it never saw in training.
+    """Inference. The network takes any size, so whole images without ``canvas`` are not padded: added borders would be one more
+    thing that it never saw in training.
 
     Args:
         model: with the output contract of :func:`segmodels.create_model`; put into evaluation mode by each call and
@@ -34,7 +36,16 @@ class Predictor:
             :mod:`segmodels.refine` offers; None: they are taken as they are.
         canvas: height and width onto which every image is placed, top left, before zeros (after normalisation: the mean);
             larger images are reduced to fit. This is how the authors of DeepLab evaluate networks trained on padded crops.
-        device, amp, channels_last: where and how to compute.
+        mode: what the network sees at once. ``"whole"``: the image. ``"slide"``: overlapping windows, the last ones shifted
+            inside, whose probabilities are averaged (PSPNet, Zhao et al. 2017, arXiv:1612.01105, section 5); smaller images are
+            padded with zeros at the bottom and the right. ``"tile"``: tiles side by side with a margin, which their neighbours
+            predict, and which is reflected at the borders of the image (Yu and Koltun 2016, arXiv:1511.07122, whose networks do
+            so themselves, with ``tile`` among the options of the model).
+        window: height and width of windows and tiles, margins included.
+        window_stride: of ``"slide"``, as a share of the window.
+        margin: of ``"tile"``, in pixels on each side.
+        long_side: at scale 1, images have this longer side (the evaluation of PSPNet); None: their own.
+        device, channels_last: where and how to compute; ``amp``: a key of :data:`segmodels.engine.precision.AMP`.
     """
 
     def __init__(
@@ -47,8 +58,13 @@ class Predictor:
         flip: bool = False,
         refine: Refinement | None = None,
         canvas: Sequence[int] | None = None,
+        mode: str = "whole",
+        window: Sequence[int] | None = None,
+        window_stride: float = 2 / 3,
+        margin: int = 0,
+        long_side: int | None = None,
         device: str | torch.device = "cpu",
-        amp: bool = False,
+        amp: str = "none",
         channels_last: bool = True,
     ) -> None:
         if not scales or min(scales) <= 0:
@@ -56,6 +72,8 @@ class Predictor:
         self.model, self.mean, self.std = model, tuple(mean), tuple(std)
         self.scales, self.flip, self.refine = tuple(scales), flip, refine
         self.canvas = None if canvas is None else (canvas[0], canvas[1])
+        self.windows = None if window is None else Windows(mode, (window[0], window[1]), window_stride, margin)
+        self.long_side = long_side
         # Of the network's own upsampling; scaled inputs lie on the same grid.
         self.align_corners = bool(getattr(model, "align_corners", False))
         self.device, self.amp = torch.device(device), amp
@@ -92,7 +110,7 @@ class Predictor:
         if not hasattr(self.model, "attention"):
             raise ValueError(f"{type(self.model).__name__} has no attention maps: expected attentiontoscale_*")
         images, (height, width) = self._placed(image)
-        with _evaluating(self.model), torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+        with _evaluating(self.model), autocast(self.device, self.amp):
             maps = self.model.attention(images.to(self.device).contiguous(memory_format=self.layout))  # type: ignore[operator]
         maps = F.interpolate(maps[..., :height, :width].float(), size=list(image.shape[:2]), mode="bilinear", align_corners=False)
         return maps[0].cpu().numpy()
@@ -113,7 +131,7 @@ class Predictor:
         """int64 ``[N, H, W]`` of normalised images float ``[N, 3, H, W]``."""
         size = tuple(images.shape[-2:])
         with _evaluating(self.model):
-            if self.scales == (1.0,) and not self.flip:
+            if self.scales == (1.0,) and not self.flip and self.windows is None and self.long_side is None:
                 # softmax would not change the order
                 return atrous_kernels.upsample_argmax(self._logits(images), size, align_corners=self.align_corners)
             return self._probabilities(images, size).argmax(1)
@@ -126,24 +144,37 @@ class Predictor:
 
     def _probabilities(self, images: Tensor, size: tuple[int, ...]) -> Tensor:
         total: Tensor | None = None
+        base = 1.0 if self.long_side is None else self.long_side / max(size)
         for scale in self.scales:
             resized = images
-            if scale != 1:
+            if scale * base != 1:
                 corner = 1 if self.align_corners else 0  # 513 becomes 257, not 256: still a multiple of the stride plus one
-                sides = [max(1, round((side - corner) * scale) + corner) for side in size]
+                sides = [max(1, round((side - corner) * scale * base) + corner) for side in size]
                 resized = F.interpolate(images, size=sides, mode="bilinear", align_corners=self.align_corners)
-            for mirrored in (False, True) if self.flip else (False,):
-                logits = self._logits(resized.flip(-1) if mirrored else resized).float()
-                logits = F.interpolate(logits, size=list(size), mode="bilinear", align_corners=self.align_corners)
-                part = (logits.flip(-1) if mirrored else logits).softmax(1)
-                total = part if total is None else total + part
+            if self.windows is None:
+                part = self._seen(resized, size)
+            else:
+                part = self.windows(resized, lambda window: self._seen(window, tuple(window.shape[-2:])))
+                part = F.interpolate(part, size=list(size), mode="bilinear", align_corners=self.align_corners)
+            total = part if total is None else total + part
         assert total is not None
         return total / (len(self.scales) * (2 if self.flip else 1))
+
+    def _seen(self, images: Tensor, size: tuple[int, ...]) -> Tensor:
+        """Probabilities of what the network sees at once; with ``flip`` the sum of those of both mirrorings."""
+        total: Tensor | None = None
+        for mirrored in (False, True) if self.flip else (False,):
+            logits = self._logits(images.flip(-1) if mirrored else images).float()
+            logits = F.interpolate(logits, size=list(size), mode="bilinear", align_corners=self.align_corners)
+            part = (logits.flip(-1) if mirrored else logits).softmax(1)
+            total = part if total is None else total + part
+        assert total is not None
+        return total
 
     def _logits(self, images: Tensor) -> Tensor:
         """At the resolution of the network."""
         images = images.to(self.device).contiguous(memory_format=self.layout)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+        with autocast(self.device, self.amp):
             return self.model.logits(images)["out"]  # type: ignore[operator]
 
 

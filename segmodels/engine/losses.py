@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import atrous_kernels
+from segmodels.config import Config, TrainConfig
+from segmodels.data import SegmentationDataset
 
 IGNORE_INDEX = 255
 
@@ -26,6 +28,8 @@ class SegmentationLoss(nn.Module):
         align_corners: of the upsampling; the model's.
         labels_at: ``"image"``, or ``"scores"``: instead of upsampling, the labels nearest to the grid of the logits, corners
             aligned (DeepLab v1 and v2; for sizes of 8 k + 1, every eighth).
+        reduction: ``"mean"`` over the labelled pixels, or ``"sum"`` (FCN, Long et al. 2015, section 4.3).
+        hard_fraction: of the pixels, those of largest loss that count (Wu et al. 2016, arXiv:1605.06885). Can be set at any time.
     """
 
     weight: Tensor | None
@@ -37,37 +41,95 @@ class SegmentationLoss(nn.Module):
         aux_weight: float = 0.4,
         align_corners: bool = False,
         labels_at: str = "image",
+        reduction: str = "mean",
+        hard_fraction: float = 1.0,
     ) -> None:
         super().__init__()
+        self.reduction, self.hard_fraction = reduction, hard_fraction
         self.labels_at = labels_at
         self.align_corners = align_corners
         self.register_buffer("weight", weight, persistent=False)
         self.label_smoothing, self.aux_weight = label_smoothing, aux_weight
 
-    def forward(self, logits: dict[str, Tensor], target: Tensor) -> Tensor:
-        """Scalar float32. ``target`` int64 ``[N, H, W]`` with 255 ignored; without any labelled pixel the loss is 0."""
-        loss = self._cross_entropy(logits["out"], target)
+    def forward(self, logits: dict[str, Tensor], target: Tensor, whole: Tensor | None = None) -> Tensor:
+        """Scalar float32. Without any labelled pixel the loss is 0.
+
+        Args:
+            logits: of the network.
+            target: int64 ``[N, H, W]`` with 255 ignored.
+            whole: the labels ``[M, H, W]`` of a batch that ``target`` is a part of. The losses of all parts then add up to that
+                of the batch; below ``hard_fraction`` 1, each part keeps the hardest of its own pixels.
+        """
+        whole = target if whole is None else whole
+        loss = self._cross_entropy(logits["out"], target, whole)
         if "aux" in logits and self.aux_weight:
-            loss = loss + self.aux_weight * self._cross_entropy(logits["aux"], target)
+            loss = loss + self.aux_weight * self._cross_entropy(logits["aux"], target, whole)
         for name, scores in logits.items():
             if name.startswith("scale"):
-                loss = loss + self._cross_entropy(scores, target)
+                loss = loss + self._cross_entropy(scores, target, whole)
         return loss
 
-    def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+    def _cross_entropy(self, logits: Tensor, target: Tensor, whole: Tensor) -> Tensor:
+        part = target is not whole and self.reduction == "mean"
         if self.labels_at == "scores":
-            rows, columns = (
-                torch.linspace(0, last - 1, n, device=target.device).round().long()
-                for last, n in zip(target.shape[1:], logits.shape[2:], strict=True)
-            )
-            target = target[:, rows][:, :, columns]
+            target, whole = (self._on_grid(labels, logits) for labels in (target, whole))
         if not bool((target != IGNORE_INDEX).any()):
             return logits.float().sum() * 0  # the mean over no pixels would be nan and end the training
         # computed in float32 whatever autocast chose: the exponentials of bf16 logits have two digits
-        return atrous_kernels.upsample_cross_entropy(
-            logits, target, weight=self.weight, ignore_index=IGNORE_INDEX, label_smoothing=self.label_smoothing,
-            align_corners=self.align_corners,
+        loss = atrous_kernels.upsample_cross_entropy(
+            logits, target, weight=self.weight, ignore_index=IGNORE_INDEX, reduction=self.reduction,
+            label_smoothing=self.label_smoothing, hard_fraction=self.hard_fraction, align_corners=self.align_corners,
         )  # fmt: skip
+        return loss * (self._counted(target) / self._counted(whole)).to(loss.dtype) if part else loss
+
+    def _on_grid(self, labels: Tensor, logits: Tensor) -> Tensor:
+        rows, columns = (
+            torch.linspace(0, last - 1, n, device=labels.device).round().long()
+            for last, n in zip(labels.shape[1:], logits.shape[2:], strict=True)
+        )
+        return labels[:, rows][:, :, columns]
+
+    def _counted(self, labels: Tensor) -> Tensor:
+        """What a mean over these labels divides by, float64."""
+        kept = labels[labels != IGNORE_INDEX]
+        if self.weight is None:
+            return torch.tensor(kept.numel(), dtype=torch.float64, device=labels.device)
+        return self.weight.double()[kept].sum()
+
+
+def build_loss(config: Config, train_set: SegmentationDataset, align_corners: bool) -> SegmentationLoss:
+    """As the settings say. Raises ValueError for class weights that do not fit the data."""
+    settings = config.train
+    return SegmentationLoss(
+        _class_weights(config, train_set),
+        settings.label_smoothing,
+        settings.aux_weight,
+        align_corners,
+        settings.labels_at,
+        settings.reduction,
+        settings.hard_fraction,
+    )
+
+
+def hard_fraction(settings: TrainConfig, iteration: int) -> float:
+    """The share of hard pixels in a step: it falls from 1 in ``hard_fraction_iterations`` steps, as in the code of the authors of
+    DeepLab, since at first every pixel is hard."""
+    ramp = settings.hard_fraction_iterations
+    return 1 - (1 - settings.hard_fraction) * (min(1.0, iteration / ramp) if ramp else 1.0)
+
+
+def _class_weights(config: Config, train_set: SegmentationDataset) -> Tensor | None:
+    given, classes = config.train.class_weights, train_set.num_classes
+    if given is not None:
+        if len(given) != classes:
+            raise ValueError(
+                f"train.class_weights has {len(given)} entries: expected {classes}, one per class of {config.data.name}"
+            )
+        return torch.tensor(given, dtype=torch.float32)
+    if config.train.balance:
+        labels = (train_set[index][1] for index in range(len(train_set)))
+        return balanced_weights(labels, classes, config.train.balance)
+    return None
 
 
 def balanced_weights(labels: Iterable[np.ndarray], num_classes: int, balance: float) -> Tensor:

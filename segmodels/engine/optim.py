@@ -10,26 +10,39 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from segmodels.config import TrainConfig
+from segmodels.engine.parts import check_parts, norms, part_of
 
 
 def parameter_groups(model: nn.Module, settings: TrainConfig) -> list[dict[str, Any]]:
-    """Up to four groups: backbone or not (learning rate), one-dimensional or not (weight decay).
+    """One group for every rate and weight decay there is; frozen parameters are in none.
 
-    One-dimensional parameters are exactly the biases and the scales and shifts of normalisation.
+    The rate of a parameter is ``lr`` times the factor of its part: that of the longest name in ``rates`` that it lies in, else
+    ``backbone_rate`` or ``head_rate``; biases have ``bias_rate`` on top. One-dimensional parameters are exactly the biases and
+    the scales and shifts of normalisation, which do not decay unless ``decay_norm_and_bias``.
+
+    Raises:
+        ValueError: ``rates`` of a part that the model does not have.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    check_parts("train.rates", settings.rates, model)
+    shifts = {f"{name}.bias" for name, _ in norms(model)}
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            decays = parameter.ndim > 1 or settings.decay_norm_and_bias
-            groups.setdefault((name.startswith("backbone."), decays), []).append(parameter)
+        if not parameter.requires_grad:
+            continue
+        backbone, decays = name.startswith("backbone."), parameter.ndim > 1 or settings.decay_norm_and_bias
+        part = part_of(name, settings.rates)
+        factor = float(settings.rates[part]) if part else settings.backbone_rate if backbone else settings.head_rate
+        if name.endswith("bias") and name not in shifts:
+            factor *= settings.bias_rate
+        groups.setdefault((backbone, decays, factor), []).append(parameter)
     return [
         {
             "params": parameters,
-            "lr": settings.lr * (settings.backbone_rate if backbone else 1.0),
-            "initial_lr": settings.lr * (settings.backbone_rate if backbone else 1.0),
+            "lr": settings.lr * factor,
+            "initial_lr": settings.lr * factor,
             "weight_decay": settings.weight_decay if decays else 0.0,
         }
-        for (backbone, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+        for (_, decays, factor), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import OmegaConf
 from torch import nn
 
 import atrous_kernels
-from segmodels.config import Config
+from segmodels.config import SECTIONS, Config
 from segmodels.data import SegmentationDataset
 from segmodels.data.loader import ResumableLoader, build_loader
 from segmodels.engine import report
@@ -31,16 +33,24 @@ from segmodels.engine.checkpoints import (
     write_json,
 )
 from segmodels.engine.inference import evaluate_dataset
-from segmodels.engine.losses import SegmentationLoss, balanced_weights
+from segmodels.engine.losses import build_loss, hard_fraction
 from segmodels.engine.optim import ModelEma, build_optimizer
+from segmodels.engine.parts import prepare_for_training, training_mode
+from segmodels.engine.precision import autocast
 from segmodels.engine.progress import Reporter, StopRequest, clock, say
-from segmodels.engine.schedules import PolySchedule
+from segmodels.engine.recompute import recompute_blocks
+from segmodels.engine.schedules import build_schedule
 from segmodels.engine.visualize import sheet, write_png
 from segmodels.weak.dataset import WeakDataset
 from segmodels.weak.supervision import WeakSupervision
 
 # Settings that may differ when a run is resumed: they say where things are or how fast, not what is computed.
-_FREE = {"data": {"root", "cache", "workers", "val_split"}, "model": {"weights_backbone"}, "train": set(), "weak": {"labels"}}
+_FREE = {
+    "data": {"root", "cache", "workers", "val_split"},
+    "model": {"weights", "weights_backbone"},
+    "train": set(),
+    "weak": {"labels"},
+}
 
 
 class TrainingError(RuntimeError):
@@ -78,15 +88,16 @@ class Trainer:
         self.layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         self.model = model.to(device).to(memory_format=self.layout)  # type: ignore[call-overload]
         self.ema = ModelEma(model, settings.ema_decay) if settings.ema_decay else None
+        prepare_for_training(model, settings)
+        if settings.checkpoint_blocks:
+            recompute_blocks(model.backbone)  # type: ignore[arg-type]
+        self._logits: Callable[[torch.Tensor], dict[str, torch.Tensor]] = model.logits  # type: ignore[assignment]
+        if settings.compile:
+            self._logits = torch.compile(self._logits)
         self.optimizer = build_optimizer(model, settings)
-        self.schedule = PolySchedule(settings.iterations, settings.power, settings.warmup_iterations, settings.warmup_start)
-        self.loss = SegmentationLoss(
-            self._class_weights(),
-            settings.label_smoothing,
-            settings.aux_weight,
-            align_corners=bool(getattr(model, "align_corners", False)),
-            labels_at=settings.labels_at,
-        ).to(device)
+        self.schedule = build_schedule(settings)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
+        self.loss = build_loss(config, train_set, bool(getattr(model, "align_corners", False))).to(device)
         self.weak = WeakSupervision(config.weak, train_set, config.run.seed) if isinstance(train_set, WeakDataset) else None
         self.loader: ResumableLoader = build_loader(
             train_set,
@@ -134,7 +145,7 @@ class Trainer:
             Reporter("train", total, self.iteration, self.config.run.print_seconds) as reporter,
             atrous_kernels.backend(self.config.run.backend),
         ):
-            self.model.train()
+            training_mode(self.model, self.config.train)
             try:
                 while stop.signum is None:
                     if self._validation_is_due() and not self._validate(stop):
@@ -162,6 +173,7 @@ class Trainer:
                 "model": self.model.state_dict(),
                 "ema": self.ema.state_dict() if self.ema else None,
                 "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
                 "schedule": {"iteration": self.iteration, "total": self.schedule.total},
                 "sampler": self.loader.state_dict(),
                 "rng": rng_state(),
@@ -195,6 +207,8 @@ class Trainer:
             raise CheckpointError(f"checkpoint {path} does not fit this run: {error}") from error
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         set_rng_state(state["rng"])
         self.iteration, self.validated = state["iteration"], state["validated"]
         self._saved = (self.iteration, self.validated)
@@ -211,24 +225,20 @@ class Trainer:
         images = images.to(self.device, non_blocking=True).contiguous(memory_format=self.layout)
         labels = labels.to(self.device, non_blocking=True)
         factor = self.schedule.apply(self.optimizer, self.iteration)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.amp != "none"):
-            logits = self.model.logits(images)
+        self.loss.hard_fraction = hard_fraction(self.config.train, self.iteration)
         indices = sampler.order(epoch)[position : position + len(images)]
-        if self.weak is None:
-            loss = self.loss(logits, labels)
-        else:
-            loss = self.weak.loss(self.loss, logits, labels, indices, self.iteration)
-        value = float(loss.detach())
         names = [self.train_set.name(int(index)) for index in indices]
-        self._must_be_finite("loss", value, names)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        value = self._backward(images, labels, indices, names)
+        self.scaler.unscale_(self.optimizer)
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-        self._must_be_finite("norm of the gradient", float(norm), names)
+        if not self.scaler.is_enabled() or self.scaler.get_scale() <= 1:  # else the scale was too large: the step is left out
+            self._must_be_finite("norm of the gradient", float(norm), names)
         if self.config.train.clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.config.train.clip_norm, norm)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         if self.ema is not None:
             self.ema.update(self.model)
         self.iteration += 1
@@ -237,6 +247,22 @@ class Trainer:
         self._recent.append(elapsed)
         speed = len(images) * len(self._recent) / sum(self._recent)
         self._log(value, self.config.train.lr * factor, speed, reporter)
+
+    def _backward(self, images: torch.Tensor, labels: torch.Tensor, indices: np.ndarray, names: list[str]) -> float:
+        """Leaves the gradient of a batch, computed in ``accumulate`` parts; returns its loss."""
+        parts, total = self.config.train.accumulate, 0.0
+        for own_images, own_labels in zip(images.chunk(parts), labels.chunk(parts), strict=True):
+            with autocast(self.device, self.config.train.amp):
+                logits = self._logits(own_images)
+            if self.weak is not None:
+                loss = self.weak.loss(self.loss, logits, labels, indices, self.iteration)
+            else:
+                loss = self.loss(logits, own_labels, labels if parts > 1 else None)
+            value = float(loss.detach())
+            self._must_be_finite("loss", value, names)
+            total += value
+            self.scaler.scale(loss).backward()
+        return total
 
     def _must_be_finite(self, what: str, value: float, names: list[str]) -> None:
         if math.isfinite(value):
@@ -343,27 +369,13 @@ class Trainer:
             "iteration": self.iteration,
         }
 
-    def _class_weights(self) -> torch.Tensor | None:
-        settings, classes = self.config.train, self.train_set.num_classes
-        if settings.class_weights is not None:
-            if len(settings.class_weights) != classes:
-                raise ValueError(
-                    f"train.class_weights has {len(settings.class_weights)} entries: expected {classes}, one per class of "
-                    f"{self.config.data.name}"
-                )
-            return torch.tensor(settings.class_weights, dtype=torch.float32)
-        if settings.balance:
-            labels = (self.train_set[index][1] for index in range(len(self.train_set)))
-            return balanced_weights(labels, classes, settings.balance)
-        return None
-
     def _check_same_config(self, path: Path, before: dict[str, Any]) -> None:
         different = [
-            f"{section}.{key}: {before[section].get(key)!r} then, {value!r} now"
+            f"{section}.{key}: {then!r} then, {value!r} now"
             for section, free in _FREE.items()
             for key, value in self.raw[section].items()
-            if section in before  # weak came later than the first checkpoints
-            if key not in free and before[section].get(key) != value
+            if section in before  # weak came later than the first checkpoints, and so did some settings
+            if key not in free and (then := before[section].get(key, getattr(SECTIONS[section](), key))) != value
         ]
         if different:
             raise CheckpointError(

@@ -15,8 +15,10 @@ from segmodels.data.transforms import (
     ColorJitter,
     Compose,
     PadTo,
+    RandomBlur,
     RandomCrop,
     RandomFlip,
+    RandomRotation,
     RandomScale,
     Resize,
     to_tensor,
@@ -41,6 +43,8 @@ ALL = [
     RandomCrop((33, 47)),
     RandomCrop((33, 47), cat_max_ratio=0.5),
     RandomFlip(),
+    RandomRotation(),
+    RandomBlur(),
     ColorJitter(),
     PadTo((70, 90)),
     PadTo(multiple=16),
@@ -214,3 +218,35 @@ def test_padding_is_near_zero_after_normalisation():
 def test_wrong_arguments(build, message: str):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_rotation_turns_image_and_label_alike() -> None:
+    """A disc off the centre: both are where the angle puts it, and what comes in from outside is void."""
+    rows, columns = np.mgrid[:81, :101]
+    label = (((rows - 40) ** 2 + (columns - 75) ** 2) < 100).astype(np.uint8)
+    image = np.repeat(label[..., None] * np.uint8(200), 3, 2)
+    new_image, new_label = run(RandomRotation(180, probability=1), image, label, seed=3)
+    angle = np.random.default_rng(3)
+    angle.random()
+    turn = np.deg2rad(angle.uniform(-180, 180))
+    center = 40 - 25 * np.sin(turn), 50 + 25 * np.cos(turn)  # counter-clockwise; rows point down
+    found = np.argwhere(new_label == 1).mean(0)
+    assert np.abs(found - center).max() < 0.5  # pixels
+    known = new_label != 255
+    assert ((new_image[..., 0] > 100) == (new_label == 1))[known].mean() > 0.99  # half a pixel along the disc
+    assert new_label[0, 0] == 255
+    assert tuple(new_image[0, 0]) == FILL
+    unchanged = run(RandomRotation(0, probability=1), image, label)
+    assert all(np.array_equal(a, b) for a, b in zip(unchanged, (image, label), strict=True))
+
+
+def test_blur_keeps_the_label_and_the_mean() -> None:
+    image, label = pair(40, 50)
+    new_image, new_label = run(RandomBlur(1), image, label)
+    assert np.array_equal(new_label, label)
+    assert new_image.std() < 0.5 * image.std()
+    assert abs(float(new_image.mean()) - float(image.mean())) < 2
+    with pytest.raises(ValueError, match="RandomBlur probability is 2; expected 0 to 1"):
+        RandomBlur(2)
+    with pytest.raises(ValueError, match="RandomRotation degrees is 200; expected 0 to 180"):
+        RandomRotation(200)

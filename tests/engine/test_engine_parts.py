@@ -18,7 +18,7 @@ from segmodels.engine.inference import Predictor
 from segmodels.engine.losses import SegmentationLoss, balanced_weights
 from segmodels.engine.metrics import ConfusionMatrix
 from segmodels.engine.optim import ModelEma, build_optimizer, parameter_groups
-from segmodels.engine.schedules import PolySchedule
+from segmodels.engine.schedules import Schedule
 from segmodels.engine.visualize import colorize, legend, overlay, sheet, write_png
 from segmodels.refine import CRFRNN, DenseCRF, DomainTransform, unary_from_probabilities
 
@@ -98,18 +98,18 @@ def test_confusion_matrix_refuses_what_it_cannot_count() -> None:
 
 
 def test_poly_schedule_values() -> None:
-    schedule = PolySchedule(total=100, power=0.9)
+    schedule = Schedule(total=100, power=0.9)
     assert schedule.factor(0) == 1
     assert schedule.factor(50) == pytest.approx(0.5**0.9)
     assert schedule.factor(99) == pytest.approx(0.01**0.9)
-    warm = PolySchedule(total=100, power=0.9, warmup=10, warmup_start=0.1)
+    warm = Schedule(total=100, power=0.9, warmup=10, warmup_start=0.1)
     assert warm.factor(0) == pytest.approx(0.1)
     assert warm.factor(5) == pytest.approx(0.95**0.9 * 0.55)
     assert warm.factor(10) == schedule.factor(10)
     with pytest.raises(ValueError, match="iteration 100: expected 0 to 99"):
         schedule.factor(100)
     with pytest.raises(ValueError, match="warm-up of 100 iterations"):
-        PolySchedule(total=100, warmup=100)
+        Schedule(total=100, warmup=100)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -188,7 +188,7 @@ def test_parameter_groups_separate_backbone_and_decay() -> None:
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_schedule_sets_the_rate_of_each_group(name: str) -> None:
     optimizer = build_optimizer(Pointwise(), TrainConfig(optimizer=name, lr=0.1, backbone_rate=0.5))
-    factor = PolySchedule(10).apply(optimizer, 5)
+    factor = Schedule(10).apply(optimizer, 5)
     assert sorted({group["lr"] for group in optimizer.param_groups}) == pytest.approx([0.05 * factor, 0.1 * factor])
 
 

@@ -172,6 +172,29 @@ def test_hard_pixels_at_ties() -> None:
     assert kept(1) == [0, 1, 2, 3, 4, 5, 7]
 
 
+@pytest.mark.parametrize("label_type", [torch.uint8, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_native_selection_of_hard_pixels(dtype: torch.dtype, label_type: torch.dtype) -> None:
+    if native.cpu_missing():
+        pytest.skip(str(native.cpu_missing()))
+    shape = (2, 130, 170)  # large enough for two threads, whose ties must come in order
+    plain = torch.randn(shape, dtype=dtype)
+    odd = plain.clone()
+    odd.view(-1)[::3], odd.view(-1)[::7] = math.nan, math.inf
+    zeros = torch.zeros(shape, dtype=dtype)
+    zeros.view(-1)[::2] *= -1
+    target = torch.randint(0, 3, shape).to(label_type)
+    for loss in (plain, plain.round(), odd, zeros, plain[:, :1, :1].contiguous()):
+        for labels in (target, torch.ones_like(target)):
+            labels = labels[:, : loss.shape[1], : loss.shape[2]].contiguous()
+            for fraction in (1e-9, 0.25, 0.999, 1.0):
+                found = loss.clone()
+                torch.ops.atrous_native.hard_pixels_(found, labels, 1, fraction)
+                assert torch.equal(found, hard_pixels(loss, labels != 1, fraction).to(dtype))
+    with pytest.raises(RuntimeError, match="fraction: expected above 0, to 1, but got 2"):
+        torch.ops.atrous_native.hard_pixels_(plain, target, 1, 2.0)
+
+
 def test_every_tie_at_once() -> None:
     logits = torch.zeros(1, 2, 2, 2)
     target = torch.randint(0, 2, (1, 7, 9))
