@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import atrous_kernels as ak
-from benchmarks.measure import DEVICE, ceilings, interleave, percentiles
+from benchmarks.measure import DEVICE, ceilings, interleave, peak_growth, percentiles
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 PEERS = ("torch", "torch.compile")
@@ -112,16 +112,7 @@ def report_peak(index: int, name: str, layout: str) -> None:
         call(
             case if name == "torch.compile" else small, loss, *(arguments if name == "torch.compile" else operands(small, layout))
         )()
-
-    def status(key: str) -> int:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-        return int(line.split()[1]) * 1024
-
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = status("VmRSS")
-    results = call(case, loss, *arguments)()
-    print(status("VmHWM") - before)
-    del results
+    print(peak_growth(call(case, loss, *arguments)))
 
 
 def error(results: list[Tensor], truth: list[Tensor]) -> float:

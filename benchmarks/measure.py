@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -67,6 +68,21 @@ def interleave(benchmark: Any, calls: dict[str, Call], ours: str, budget: float 
 def percentiles(times: list[float]) -> dict[str, float]:
     """Milliseconds at the 20th, 50th and 80th percentile."""
     return {f"p{q}_ms": torch.tensor(times).quantile(q / 100).item() * 1e3 for q in (20, 50, 80)}
+
+
+def peak_growth(call: Call) -> int:
+    """Bytes that one call adds to the resident memory of this process at its peak (Linux). Best in a fresh process."""
+
+    def status(key: str) -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+        return int(line.split()[1]) * 1024
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = status("VmRSS")
+    kept = call()
+    growth = status("VmHWM") - before
+    del kept
+    return growth
 
 
 @cache

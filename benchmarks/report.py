@@ -12,7 +12,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report_networks import models_section, published_section, training_section, weak_section
+from benchmarks.report_networks import (
+    all_models_section,
+    families_section,
+    models_section,
+    published_section,
+    training_section,
+    weak_section,
+)
 from benchmarks.report_parts import RESULTS, ROOT, Rows, best, fastest, geomean, load, machine_line, milliseconds, ratio, table
 
 PAGE = ROOT / "docs" / "results.md"
@@ -254,8 +261,10 @@ def page() -> str:
         sections.append(convolution_section(convolution))
     if models:
         sections.append(models_section(models))
+    sections.append(all_models_section())
     sections += [op_section(op, title) for op, title in OPS.items()]
-    sections += [dispatch_section(), errors_section(), fuzz_section(), training_section(), published_section(), weak_section()]
+    sections += [dispatch_section(), errors_section(), fuzz_section()]
+    sections += [training_section(), families_section(), published_section(), weak_section()]
     sections += [kernels_section(), plan_section()]
     return "\n".join(section for section in sections if section)
 

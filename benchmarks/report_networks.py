@@ -6,7 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report_parts import RESULTS, Rows, fastest, load, machine_line, ratio, table
+from benchmarks.report_parts import (
+    RESULTS,
+    Rows,
+    best,
+    fastest,
+    geomean,
+    load,
+    machine_line,
+    milliseconds,
+    ratio,
+    table,
+)
 
 
 def models_section(result: dict[str, Any]) -> str:
@@ -28,6 +39,33 @@ Images per second, the same model and weights, with the same number of threads, 
 {table(["case", *(name.replace("_", "-") for name in names), "ratio to the framework's best", "ratio to the best of all"], cells)}
 
 {profiles(rows)}"""
+
+
+def all_models_section() -> str:
+    """Every model of the registry, from ``python -m benchmarks.bench_models --all``."""
+    result = load("models_all_cpu.json")
+    if result is None:
+        return ""
+    rows: Rows = [benchmark["extra_info"] for benchmark in result["benchmarks"]]
+    cells = []
+    for row in rows:
+        peaks = [row["candidates"][f"{name} channels_last"].get("extra_peak_bytes") for name in ("torch", "ours auto")]
+        memory = [f"{peak / 2**20:.0f}" if peak is not None else "" for peak in peaks]
+        cells.append([row["model"], milliseconds(best(row, "torch")), milliseconds(best(row, "ours auto")),
+                      f"**{ratio(row):.2f}**", *memory])  # fmt: skip
+    size = rows[0]["case"].rpartition(" ")[2]
+    return f"""## Inference of every model on the CPU
+
+{machine_line(result)}
+
+Milliseconds per batch of {size}, the faster layout of each side; the same network and weights in the framework's own modules
+beside ours (the domain transform of `deeplabdt` is ours on both sides). Memory: what the first call of this size adds to a fresh
+process at its peak, weights that it rearranges and keeps included.
+
+{table(["model", "framework, ms", "ours, ms", "ratio", "framework, MiB", "ours, MiB"], cells)}
+
+Geometric mean of the ratio: **{geomean([ratio(row) for row in rows]):.2f}** over {len(rows)} models.
+"""
 
 
 def profiles(rows: Rows) -> str:
@@ -76,6 +114,31 @@ Swap test, the trained weights evaluated on each backend: {scores or "not run"}.
 """
         )
     return "## Trained on real images\n\n" + "\n".join(parts) if parts else ""
+
+
+def families_section() -> str:
+    """One short run per family, which differ in the network alone."""
+    runs = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / "training" / "families").glob("*.json"))}
+    if not runs:
+        return ""
+    cells = [
+        [f"`{name}`", f"**{run['miou']:.4f}**", f"{run['pixel_accuracy']:.4f}", f"{run['mean_accuracy']:.4f}",
+         f"{run['parameters'] / 1e6:.2f}", f"{run['seconds'] / 60:.1f}", f"`{run['commits'][0]['commit'][:10]}`"]
+        for name, run in sorted(runs.items(), key=lambda item: -item[1]["miou"])
+    ]  # fmt: skip
+    run = next(iter(runs.values()))
+    settings, data = run["config"]["train"], run["config"]["data"]
+    height, width = data["crop"]
+    batch = settings["batch_size"]
+    return f"""## One short run per family
+
+Recipes `*_{data["name"]}_{height}x{width}_b{batch}`: {run["iteration"]} iterations of {batch} crops of {height}x{width} from
+images at about half their size; the same backbone, ImageNet weights and schedule, seed {run["seed"]}. mIoU on the {run["images"]}
+images of `{run["split"]}`, read at {"x".join(map(str, run["config"]["eval"]["canvas"]))} and scored at their own size. Every
+family trains; runs this short, once each, do not say which is best.
+
+{table(["recipe", "mIoU", "pixel accuracy", "mean accuracy", "parameters, millions", "minutes", "commit"], cells)}
+"""
 
 
 def published_section() -> str:

@@ -9,6 +9,8 @@ import os
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from segmodels.backbones import BACKBONES, CLASSIC_BACKBONES, Backbone
 from segmodels.backbones.efficientnet_lite import imagenet_file
 from segmodels.backbones.weights import load_backbone, read_state_dict
@@ -105,9 +107,11 @@ def create_model(
     features = build_backbone(output_stride=output_stride, **backbone_options)
     features.input_mean = _three("input_mean", input_mean, features.input_mean)
     features.input_std = _three("input_std", input_std, features.input_std)
-    if weights_backbone is not None:
-        _load_weights(features, backbone_name, weights_backbone)
-    return system(features, num_classes, aux_loss=aux_loss, **{k: options[k] for k in options if k in system_keys})
+    state = None if weights_backbone is None else _load_weights(features, backbone_name, weights_backbone)
+    model = system(features, num_classes, aux_loss=aux_loss, **{k: options[k] for k in options if k in system_keys})
+    if state is not None:
+        model.start_from_classification(state)
+    return model
 
 
 def _split_name(name: str, backbone: str | None) -> tuple[str, str]:
@@ -129,7 +133,7 @@ def _split_name(name: str, backbone: str | None) -> tuple[str, str]:
     return name, backbone
 
 
-def _load_weights(backbone: Backbone, name: str, source: str | os.PathLike[str]) -> None:
+def _load_weights(backbone: Backbone, name: str, source: str | os.PathLike[str]) -> dict[str, Tensor]:
     if source == "imagenet":
         if name != "efficientnet_lite0":
             raise ValueError(
@@ -137,7 +141,9 @@ def _load_weights(backbone: Backbone, name: str, source: str | os.PathLike[str])
                 "classification file (.safetensors, .pth, .pt or .caffemodel)"
             )
         source = imagenet_file()
-    load_backbone(backbone, read_state_dict(source), os.fspath(source))
+    state = read_state_dict(source)
+    load_backbone(backbone, state, os.fspath(source))
+    return state
 
 
 def _three(name: str, given: Sequence[float] | None, default: tuple[float, float, float]) -> tuple[float, float, float]:

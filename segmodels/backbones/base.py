@@ -28,10 +28,12 @@ class Backbone(nn.Module):
     """A classification network without its classifier.
 
     ``forward`` returns ``{"low": [N, c, H/4, W/4], "aux": [N, c, ...], "out": [N, c, H/output_stride, W/output_stride]}``
-    (sizes rounded up); the channel counts are in ``channels``. ``"aux"`` are the features before the last stage.
+    (sizes rounded up); the channel counts are in ``channels``. ``"aux"`` are the features before the last stage. Backbones that
+    FCN takes skips from have ``"mid"`` as well, the stage between ``"low"`` and ``"aux"``.
 
     Attributes:
         channels: ``{"low": int, "aux": int, "out": int}``.
+        in_channels: of the input; three for a colour image.
         output_stride: 4, 8, 16 or 32; change it with :meth:`set_output_stride`.
         output_strides: those it can have.
         input_mean, input_std: of the normalisation ``(x - mean) / std`` of RGB in [0, 1] under which its published weights
@@ -40,6 +42,7 @@ class Backbone(nn.Module):
     """
 
     channels: dict[str, int]
+    in_channels: int = 3
     output_stride: int = 32
     output_strides: tuple[int, ...] = OUTPUT_STRIDES
     input_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)

@@ -18,13 +18,7 @@ class Grid(NamedTuple):
 
 
 class ClassicBackbone(Backbone):
-    """A network whose maps do not begin where the image begins: FCN pads the image instead of aligning them.
-
-    Attributes:
-        in_channels: of the input; three for a colour image.
-    """
-
-    in_channels: int
+    """A network whose maps do not begin where the image begins: FCN pads the image instead of aligning them."""
 
     def centers(self) -> dict[str, float]:
         """Row (and column) of the image on which the first value of each map is centred, ``"out"`` among them."""

@@ -89,8 +89,6 @@ class EfficientNetLite(Backbone):
     # the ImageNet mean and deviation.
     input_mean = (127 / 255,) * 3
     input_std = (128 / 255,) * 3
-    _low_index: int
-    _aux_index: int
 
     def __init__(self, variant: int = 0, output_stride: int = 32) -> None:
         super().__init__()
@@ -101,14 +99,15 @@ class EfficientNetLite(Backbone):
         self._blocks = nn.ModuleList()
         in_channels, stride = STEM_WIDTH, 2
         self.channels = {}
+        self._taps: dict[int, str] = {}
         for index, stage in enumerate(STAGES):
             is_end = index in (0, len(STAGES) - 1)
             repeats = stage.repeats if is_end else math.ceil(stage.repeats * depth_multiplier)
             width = scaled_width(stage.width, width_multiplier)
-            if stage.stride == 2 and stride in (4, 16):
-                name = "low" if stride == 4 else "aux"
+            name = {4: "low", 8: "mid", 16: "aux"}.get(stride)
+            if stage.stride == 2 and name is not None:
                 self.channels[name] = in_channels
-                setattr(self, f"_{name}_index", len(self._blocks) - 1)
+                self._taps[len(self._blocks) - 1] = name
             stride *= stage.stride
             for repeat in range(repeats):
                 self._blocks.append(
@@ -126,10 +125,8 @@ class EfficientNetLite(Backbone):
         features = {}
         for index, block in enumerate(self._blocks):
             x = block(x)
-            if index == self._low_index:
-                features["low"] = x
-            elif index == self._aux_index:
-                features["aux"] = x
+            if index in self._taps:
+                features[self._taps[index]] = x
         features["out"] = x
         return features
 

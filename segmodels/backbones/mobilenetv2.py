@@ -58,7 +58,8 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(Backbone):
-    """MobileNetV2 up to features.17: ``low`` is features.3, ``aux`` features.13, ``out`` features.17 (320 channels).
+    """MobileNetV2 up to features.17: ``low`` is features.3, ``mid`` features.6, ``aux`` features.13, ``out`` features.17
+    (320 channels).
 
     Args:
         width_mult: multiplies every width.
@@ -90,8 +91,8 @@ class MobileNetV2(Backbone):
         strides_left = 4
         for expansion, width, repeats, stride in STAGES:
             if stride == 2:
-                if strides_left in (3, 1):
-                    name = "low" if strides_left == 3 else "aux"
+                name = {3: "low", 2: "mid", 1: "aux"}.get(strides_left)
+                if name is not None:
                     self._taps[len(layers) - 1] = name
                     self.channels[name] = in_channels
                 strides_left -= 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -40,24 +41,50 @@ class _Block(nn.Module):
     native_stride: int
     downsample: nn.Sequential | None
 
-    def _init_shortcut(self, in_channels: int, out_channels: int, stride: int) -> None:
+    def _init_shortcut(self, in_channels: int, out_channels: int, stride: int, avg_down: bool) -> None:
         self.native_stride = stride
         self.downsample = None
         self.shortcut_stride = stride
         if in_channels != out_channels:
-            self.downsample = ConvBN(
-                Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
-            )
+            pool = [PairAverage(stride)] if avg_down else []
+            projection = Conv2d(in_channels, out_channels, 1, stride=1 if avg_down else stride, bias=False)
+            self.downsample = ConvBN(*pool, projection, nn.BatchNorm2d(out_channels))
 
     def _shortcut(self, x: Tensor) -> Tensor:
         if self.downsample is not None:
             return self.downsample(x)
         return x if self.shortcut_stride == 1 else x[:, :, :: self.shortcut_stride, :: self.shortcut_stride]
 
-    def _set_shortcut_stride(self, stride: int) -> None:
+    def set_shortcut(self, stride: int, rate: int) -> None:
+        """Stride, and the rate of the map that the block reads."""
         self.shortcut_stride = stride
-        if self.downsample is not None:
+        if self.downsample is not None and isinstance(self.downsample[0], PairAverage):
+            self.downsample[0].stride, self.downsample[0].rate = stride, rate
+        elif self.downsample is not None:
             set_geometry(cast(Conv2d, self.downsample[0]), stride, rate=1)
+
+
+class PairAverage(nn.Module):
+    """Average of the 2x2 values at and behind each position, of those that there are: ResNet-D's (He et al., "Bag of Tricks for
+    Image Classification with Convolutional Neural Networks", 2019, figure 2c). A block without a native stride has none.
+
+    Without its stride it averages values ``rate`` apart, so the values that the strided network keeps stay the same numbers.
+    """
+
+    def __init__(self, native_stride: int) -> None:
+        super().__init__()
+        self.native_stride, self.stride, self.rate = native_stride, native_stride, 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.native_stride == 1:
+            return x
+        if self.stride == 2:
+            return F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
+        for dim in (2, 3):  # at the end the last value stands alone: its average with itself
+            there = min(self.rate, x.shape[dim])
+            behind = [x.narrow(dim, there, x.shape[dim] - there), x.narrow(dim, x.shape[dim] - there, there)]
+            x = (x + torch.cat(behind, dim)) / 2
+        return x
 
 
 class BasicBlock(_Block):
@@ -65,13 +92,13 @@ class BasicBlock(_Block):
 
     expansion = 1
 
-    def __init__(self, in_channels: int, width: int, stride: int) -> None:
+    def __init__(self, in_channels: int, width: int, stride: int, avg_down: bool = False) -> None:
         super().__init__()
         self.conv1 = Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = Conv2d(width, width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        self._init_shortcut(in_channels, width, stride)
+        self._init_shortcut(in_channels, width, stride, avg_down)
 
     def forward(self, x: Tensor) -> Tensor:
         y = conv_bn(self.conv1, self.bn1, x)
@@ -80,7 +107,6 @@ class BasicBlock(_Block):
     def set_geometry(self, geometry: Geometry) -> None:
         set_geometry(self.conv1, geometry.stride, geometry.first_rate)
         set_geometry(self.conv2, 1, geometry.rate)
-        self._set_shortcut_stride(geometry.stride)
 
 
 class Bottleneck(_Block):
@@ -88,7 +114,9 @@ class Bottleneck(_Block):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, width: int, stride: int, stride_in_1x1: bool = False) -> None:
+    def __init__(
+        self, in_channels: int, width: int, stride: int, avg_down: bool = False, stride_in_1x1: bool = False
+    ) -> None:
         super().__init__()
         self.stride_in_1x1 = stride_in_1x1
         out_channels = width * self.expansion
@@ -98,7 +126,7 @@ class Bottleneck(_Block):
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = Conv2d(width, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
-        self._init_shortcut(in_channels, out_channels, stride)
+        self._init_shortcut(in_channels, out_channels, stride, avg_down)
 
     def forward(self, x: Tensor) -> Tensor:
         y = conv_bn(self.conv2, self.bn2, conv_bn(self.conv1, self.bn1, x))
@@ -107,7 +135,6 @@ class Bottleneck(_Block):
     def set_geometry(self, geometry: Geometry) -> None:
         set_geometry(self.conv1, geometry.stride if self.stride_in_1x1 else 1, rate=1)
         set_geometry(self.conv2, 1 if self.stride_in_1x1 else geometry.stride, geometry.first_rate)
-        self._set_shortcut_stride(geometry.stride)
 
 
 class ResNet(Backbone):
@@ -123,7 +150,8 @@ class ResNet(Backbone):
             rate, as PSPNet and the peers that set the rate of a whole stage. Same keys, different outputs. Of stride placement
             ``"3x3"`` only: the others leave no choice.
         stem: ``"conv7"``, or ``"deep"``: 3x3 convolutions of ``stem_width`` (stride 2), ``stem_width`` and twice as many
-            channels in its place; 64 as PSPNet (timm's ``s``), 32 as timm's ``c``.
+            channels in its place; 64 as PSPNet (timm's ``s``), 32 as timm's ``c`` and ``d``.
+        avg_down: projections of strided blocks average 2x2 values in place of their stride, as timm's ``d``.
         stride_placement: ``"3x3"``: in the 3x3 convolution of a stage's first block, as torchvision; ``"1x1"``: in its first
             1x1 convolution, as the paper and its Caffe models; ``"last"``: in the 3x3 convolution of the last block of the
             stage before, as the authors of DeepLabv3. Same keys, different outputs.
@@ -146,6 +174,7 @@ class ResNet(Backbone):
         first_block: str = "previous",
         stem: str = "conv7",
         stem_width: int = 64,
+        avg_down: bool = False,
         stride_placement: str = "3x3",
         ceil_mode: bool = False,
         stages: int = 4,
@@ -160,6 +189,8 @@ class ResNet(Backbone):
         _check_choice("stride_placement", stride_placement, ("3x3", "1x1", "last") if bottleneck else ("3x3",))
         if cascade not in range(4):
             raise ValueError(f"cascade={cascade!r}: expected 0 to 3 stages behind layer4")
+        if avg_down and stride_placement == "last":
+            raise ValueError("avg_down=True with stride_placement='last': expected '3x3' or '1x1', where projections are strided")
         if stages not in ((4,) if cascade else (2, 3, 4)):
             raise ValueError(f"stages={stages!r}: expected 2 to 4, and 4 with a cascade")
         self.first_block, self.stride_placement, self.ceil_mode = first_block, stride_placement, ceil_mode
@@ -184,7 +215,8 @@ class ResNet(Backbone):
             stage = nn.Sequential()
             for i in range(count):
                 stride = 2 if strides and i == strided else 1
-                stage.append(block(in_channels, width, stride, **({"stride_in_1x1": True} if stride_placement == "1x1" else {})))
+                placed = {"stride_in_1x1": True} if stride_placement == "1x1" else {}
+                stage.append(block(in_channels, width, stride, avg_down, **placed))
                 in_channels = width * block.expansion
             setattr(self, f"layer{index + 1}", stage)
         self._aux_index = stages - 2
@@ -223,6 +255,7 @@ class ResNet(Backbone):
         grids = [1] * (len(blocks) - len(gridded)) + gridded
         plan = plan_geometry([block.native_stride for block in blocks], 4, output_stride)
         for block, grid, (stride, first_rate, rate) in zip(blocks, grids, plan, strict=True):
+            block.set_shortcut(stride, first_rate)
             # Behind a stride in the 1x1 convolution the 3x3 reads the new grid, before one at the end of a stage the old.
             if self.stride_placement == "1x1" or (self.first_block == "full" and self.stride_placement == "3x3"):
                 first_rate = rate

@@ -27,6 +27,10 @@ from segmodels.backbones.surgery import (
 #: width and number of convolutions of each stage, all 3x3 and followed by a pool
 STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 
+FC_KEYS = ("fc6.weight", "fc6.bias", "fc7.weight", "fc7.bias")
+#: what every backbone has -> which pool it is here
+LEVELS = {"low": "pool2", "mid": "pool3", "aux": "pool4"}
+
 
 class FullyConnected(NamedTuple):
     """fc6 as a convolution; fc7 is 1x1 and as wide.
@@ -53,7 +57,8 @@ FC6 = {
 
 
 class VGG16(ClassicBackbone):
-    """VGG-16: ``pool1`` to ``pool5`` (``low`` is pool2, ``aux`` pool4) and ``out``, which is fc7 or, without it, pool5.
+    """VGG-16: ``pool1`` to ``pool5`` (``low`` is pool2, ``mid`` pool3, ``aux`` pool4) and ``out``, which is
+    fc7 or, without it, pool5.
 
     Sizes are Caffe's: pools round up. Pools beyond ``output_stride`` run at stride 1, and everything after them at the rate that
     replaces their stride.
@@ -63,7 +68,7 @@ class VGG16(ClassicBackbone):
         fc6: a name in :data:`FC6`, or None for the convolutional body alone. Its rate is that of the paper's output stride.
         in_channels: more than three where depth is fused early.
         first_padding: of conv1_1; FCN has 100.
-        padding: False leaves all zeros out (Yu & Koltun, section 4).
+        layer_padding: False leaves all zeros out (Yu & Koltun, section 4).
         pool: size of the max pools: 2, or 3 with a border of one (DeepLab). A pool of 2 at stride 1 loses a row and a column.
         dense_pools: False removes pools that have lost their stride (Yu & Koltun, section 4).
         dropout: after fc6 and fc7, in training.
@@ -83,7 +88,7 @@ class VGG16(ClassicBackbone):
         *,
         in_channels: int = 3,
         first_padding: int = 1,
-        padding: bool = True,
+        layer_padding: bool = True,
         pool: int = 2,
         dense_pools: bool = True,
         dropout: float = 0.5,
@@ -96,7 +101,7 @@ class VGG16(ClassicBackbone):
             raise ValueError(f"pool={pool!r}: expected 2 or 3")
         if STAGES[0][0] * width_mult < 1:
             raise ValueError(f"width_mult={width_mult}: expected at least {1 / STAGES[0][0]}, one channel in conv1_1")
-        self.in_channels, self.first_padding, self.padding = in_channels, first_padding, padding
+        self.in_channels, self.first_padding, self.layer_padding = in_channels, first_padding, layer_padding
         self.pool, self.dense_pools = pool, dense_pools
         layers: list[nn.Module] = []
         self._pools: list[int] = []
@@ -121,7 +126,7 @@ class VGG16(ClassicBackbone):
             self.fc6 = Conv2d(channels, width, kernel, padding=border, dilation=rate)
             self.fc7 = Conv2d(width, width, 1)
             channels = width
-        self.channels |= {"low": self.channels["pool2"], "aux": self.channels["pool4"], "out": channels}
+        self.channels |= {name: self.channels[pool] for name, pool in LEVELS.items()} | {"out": channels}
         self.set_output_stride(output_stride)
         init_convolutions(self)
 
@@ -137,13 +142,13 @@ class VGG16(ClassicBackbone):
                 x = F.avg_pool2d(x, 3, stride=1, padding=1)
             x = F.dropout(F.relu(self.fc6(x), inplace=True), self.dropout, self.training)
             x = F.dropout(F.relu(self.fc7(x), inplace=True), self.dropout, self.training)
-        return features | {"low": features["pool2"], "aux": features["pool4"], "out": x}
+        return features | {name: features[pool] for name, pool in LEVELS.items()} | {"out": x}
 
     def _apply_output_stride(self, output_stride: int) -> None:
         stride, rate = 1, 1
         for index, layer in enumerate(self.features):
             if isinstance(layer, Conv2d):
-                border = 0 if not self.padding else self.first_padding if index == 0 else rate
+                border = 0 if not self.layer_padding else self.first_padding if index == 0 else rate
                 layer.dilation, layer.padding = (rate, rate), (border, border)
             if index not in self._pools:
                 continue
@@ -157,26 +162,32 @@ class VGG16(ClassicBackbone):
 
     def from_published(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """torchvision's file or Caffe's under our names: fc6 and fc7 as the convolutions that this geometry has."""
-        caffe = "conv1_1.0" in state
-        if caffe:
-            ours = renamed_layers(state, self.caffe_layers() | {"fc6": "fc6", "fc7": "fc7"}, leave_out=("fc8",))
-        else:
-            names = {"classifier.0": "fc6", "classifier.3": "fc7"}
-            parts = ((key, key.rpartition(".")) for key in state)
-            ours = {f"{names.get(layer, layer)}.{kind}": state[key] for key, (layer, _, kind) in parts}
+        ours = self._renamed(state)
         weight, bias = ours.get("features.0.weight"), ours.get("features.0.bias")
         if weight is not None and bias is not None and weight.shape[1] == 3:
-            if caffe:
+            if "conv1_1.0" in state:
                 weight, ours["features.0.bias"] = fold_caffe_input(weight, bias, self.input_mean, self.input_std)
             ours["features.0.weight"] = widen_input(weight, self.in_channels)
-        keys = ("fc6.weight", "fc6.bias", "fc7.weight", "fc7.bias")
         if self.fc6 is None:
-            return {key: value for key, value in ours.items() if key not in keys}
-        if all(key in ours for key in keys):
-            weight6, bias6, weight7, bias7 = (ours[key] for key in keys)
-            fc6, fc7 = (as_convolution(weight6, 7), bias6), (as_convolution(weight7, 1), bias7)
-            ours |= zip(keys, subsampled(fc6, fc7, self.channels["out"], self.fc6.kernel_size[0]), strict=True)
-        return ours
+            return {key: value for key, value in ours.items() if key not in FC_KEYS}
+        return ours | self.fully_connected_of(state, self.channels["out"], self.fc6.kernel_size[0])
+
+    def fully_connected_of(self, state: Mapping[str, Tensor], channels: int, kernel: int) -> dict[str, Tensor]:
+        """fc6, of ``kernel`` rows, and fc7 of a published file as convolutions of ``channels`` filters, under
+        :data:`FC_KEYS`; nothing where the file lacks one."""
+        ours = self._renamed(state)
+        if not all(key in ours for key in FC_KEYS):
+            return {}
+        weight6, bias6, weight7, bias7 = (ours[key] for key in FC_KEYS)
+        fc6, fc7 = (as_convolution(weight6, 7), bias6), (as_convolution(weight7, 1), bias7)
+        return dict(zip(FC_KEYS, subsampled(fc6, fc7, channels, kernel), strict=True))
+
+    def _renamed(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if "conv1_1.0" in state:
+            return renamed_layers(state, self.caffe_layers() | {"fc6": "fc6", "fc7": "fc7"}, leave_out=("fc8",))
+        names = {"classifier.0": "fc6", "classifier.3": "fc7"}
+        parts = ((key, key.rpartition(".")) for key in state)
+        return {f"{names.get(layer, layer)}.{kind}": state[key] for key, (layer, _, kind) in parts}
 
     def caffe_layers(self) -> dict[str, str]:
         """Caffe's names of the convolutions -> ours."""

@@ -83,8 +83,13 @@ def load_backbone(backbone: Backbone, state: Mapping[str, Tensor], source: str) 
     state = _unfold_batch_norm(state, expected, backbone)
     # A name of the classifier may begin like one of ours (EfficientNet's two _bn1): ours wins.
     given = {k: v for k, v in state.items() if k in expected or not k.startswith(backbone.classifier_prefixes)}
-    check_fit(given, expected, f"{source} does not fit {type(backbone).__name__}")
+    hint = " (a ResNet-d: stem='deep', stem_width=32, avg_down=True)" if _RESNET_D in given and _RESNET_D not in expected else ""
+    check_fit(given, expected, f"{source} does not fit {type(backbone).__name__}{hint}")
     backbone.load_state_dict(given, strict=False)
+
+
+#: of timm's ``d`` variants, whose projections have an average before them
+_RESNET_D = "layer2.0.downsample.2.weight"
 
 
 def _deep_stem(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atrous_kernels.ops.conv2d import conv2d_input
@@ -48,6 +49,12 @@ def bilinear_kernel(size: int) -> Tensor:
     reach = (size + 1) // 2
     tent = 1 - (torch.arange(size) - (size - 1) / 2).abs() / reach
     return tent[:, None] * tent[None, :]
+
+
+def upsample_from_corner(x: Tensor, stride: int, size: torch.Size) -> Tensor:
+    """Bilinear, to ``size`` (height, width). Value ``i`` of the map is row ``stride * i``; the last one is repeated beyond it."""
+    between = F.interpolate(x, size=[stride * (n - 1) + 1 for n in x.shape[2:]], mode="bilinear", align_corners=True)
+    return crop(F.pad(between, (0, stride - 1, 0, stride - 1), mode="replicate"), 0, size)
 
 
 def crop(x: Tensor, offset: int, size: torch.Size) -> Tensor:

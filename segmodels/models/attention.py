@@ -15,7 +15,7 @@ from atrous_kernels.nn import Conv2d
 from segmodels.backbones.base import Backbone
 from segmodels.backbones.classic import init_convolutions
 from segmodels.models.base import check_input, upsample
-from segmodels.models.deeplabv1 import DeepLabV1, classifier_of
+from segmodels.models.deeplabv1 import DeepLabV1, classifier_of, large_fov
 from segmodels.models.multiscale import MultiScaleModel, rescale
 
 FUSIONS = ("attention", "average", "max")
@@ -25,12 +25,13 @@ class AttentionToScale(MultiScaleModel):
     """Attention to scale; scores at stride 8, upsampled with aligned corners.
 
     Args:
-        backbone: VGG-16 with LargeFOV.
+        backbone: VGG-16 with LargeFOV; others get LargeFOV behind them.
         num_classes: channels of the logits.
         scales: (1, 0.75, 0.5) or (1, 0.5) in the paper.
         fusion: ``"attention"``, or what the paper compares it with: ``"average"``, ``"max"``.
         extra_supervision: in training, each scale's scores are outputs too.
         attention_channels: width of the attention network, a 3x3 convolution with ReLU before a 1x1 convolution to S maps.
+        fc_channels, dropout: of LargeFOV, behind a backbone other than VGG-16.
 
     Raises:
         ValueError: an argument outside these.
@@ -50,11 +51,13 @@ class AttentionToScale(MultiScaleModel):
         fusion: str = "attention",
         extra_supervision: bool = True,
         attention_channels: int = 512,
+        fc_channels: int = 1024,
+        dropout: float = 0.5,
     ) -> None:
         if fusion not in FUSIONS:
             raise ValueError(f"fusion={fusion!r}: expected one of {', '.join(FUSIONS)}")
-        channels = backbone.channels["out"]
-        classifier = nn.ModuleDict({"fc8": classifier_of(channels, num_classes)})
+        fc7, channels = large_fov(backbone, fc_channels, dropout)
+        classifier = nn.ModuleDict({"fc7": fc7, "fc8": classifier_of(channels, num_classes)})
         if fusion == "attention":
             hidden = Conv2d(channels * len(scales), attention_channels, 3, padding=1)
             init_convolutions(hidden)
@@ -79,7 +82,7 @@ class AttentionToScale(MultiScaleModel):
         return upsample(weights, x.shape[-2:], align_corners=True)
 
     def _features(self, x: Tensor) -> Tensor:
-        return self.backbone(x)["out"]
+        return self.classifier["fc7"](self.backbone(x)["out"])
 
     def _scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
         features = self._features(x)

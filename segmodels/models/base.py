@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from segmodels.backbones.base import Backbone
 class SegmentationModel(nn.Module):
     """Backbone, classifier and, for training, an auxiliary classifier.
 
-    A subclass defines ``_classify(features) -> logits``. Input ``[N, 3, H, W]``, floating point, normalised as the backbone
-    was trained; any size from 1 x 1. ``align_corners`` is that of the final upsampling, and of the loss.
+    The classifier reads ``"out"``; a subclass whose classifier reads more defines ``_classify(features) -> logits``. Input
+    ``[N, 3, H, W]``, floating point, normalised as the backbone was trained; any size from 1 x 1. ``align_corners`` is that of
+    the final upsampling, and of the loss.
 
     Raises:
         TypeError: input is not a floating-point tensor.
@@ -57,6 +59,9 @@ class SegmentationModel(nn.Module):
         self.backbone.set_output_stride(output_stride)
         self.classifier.set_output_stride(output_stride)
 
+    def start_from_classification(self, state: Mapping[str, Tensor]) -> None:
+        """What the head takes from the published classification file that the backbone has loaded: here, nothing."""
+
     def logits(self, x: Tensor) -> dict[str, Tensor]:
         """``{"out": [N, num_classes, h, w]}`` before the final upsampling; with ``"aux"`` in training with aux_loss."""
         check_input(x)
@@ -83,7 +88,7 @@ class SegmentationModel(nn.Module):
             )
 
     def _classify(self, features: dict[str, Tensor]) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__} does not define its decoder")
+        return self.classifier(features["out"])
 
 
 def upsample(x: Tensor, size: torch.Size, align_corners: bool = False) -> Tensor:

@@ -7,6 +7,10 @@ from torch import nn
 from segmodels.backbones.base import Backbone
 from segmodels.models.base import SegmentationModel
 
+#: Later backbones that these systems also run on, light ones with free ImageNet weights. They pad their own maps, so value ``i``
+#: of a map lies on row ``stride * i`` of the image, and they have no fc6 and fc7.
+LIGHT_BACKBONES = ("mobilenetv2", "efficientnet_lite0")
+
 
 class ClassicModel(SegmentationModel):
     """A system with one output stride, without an auxiliary head."""

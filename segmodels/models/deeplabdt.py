@@ -29,8 +29,8 @@ class DeepLabDT(SegmentationModel):
         backbone: see :class:`segmodels.backbones.base.Backbone`; its output stride is the model's.
         num_classes: channels of the logits.
         aux_loss: with an auxiliary head on the features before the last stage, active in training.
-        edge_levels: the backbone's features that EdgeNet reads, of ``"low"``, ``"aux"``, ``"out"`` and, of VGG-16, ``"pool1"`` to
-            ``"pool5"``; the paper takes some from before the last stage.
+        edge_levels: the backbone's features that EdgeNet reads, of ``"low"``, ``"mid"``, ``"aux"``, ``"out"`` and, of VGG-16,
+            ``"pool1"`` to ``"pool5"``; the paper takes some from before the last stage.
         sigma_s, sigma_r, iterations: of :func:`atrous_kernels.domain_transform`; the paper trains with widths 100 and 1.
         aspp, rates, image_pooling, dropout, head_channels, head_conv: as in :class:`segmodels.models.DeepLabV3`.
 
@@ -76,6 +76,7 @@ class DeepLabDT(SegmentationModel):
     def logits(self, x: Tensor) -> dict[str, Tensor]:
         """``{"out": [N, num_classes, H, W]}``, at the resolution of the image; with ``"aux"`` in training with aux_loss."""
         check_input(x)
+        self._check_statistics(x)
         features = self.backbone(x)
         size = x.shape[-2:]
         scores = upsample(self.classifier(features["out"]), size)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from atrous_kernels.functional import conv2d
 from atrous_kernels.nn import Conv2d
 from segmodels.backbones.base import Backbone
+from segmodels.backbones.classic import init_convolutions
 from segmodels.backbones.vgg import VGG16
 from segmodels.models.base import check_input, upsample
-from segmodels.models.classic import ClassicModel
+from segmodels.models.classic import LIGHT_BACKBONES, ClassicModel
 
 #: What MSc scores, and the strides of its 3x3 convolutions in training, where all scores meet at stride 8.
 BRANCH_STRIDES = {"image": 8, "pool1": 4, "pool2": 2, "pool3": 1, "pool4": 1}
@@ -53,44 +54,70 @@ class ScoreBranch(nn.Sequential):
         return x
 
 
+def fully_connected(in_channels: int, channels: int, rate: int, dropout: float) -> list[nn.Module]:
+    """fc6, a 3x3 convolution, and fc7, each with ReLU and dropout, for a backbone that has none."""
+    fc6 = Conv2d(in_channels, channels, 3, padding=rate, dilation=rate)
+    fc7 = Conv2d(channels, channels, 1)
+    layers: list[nn.Module] = [m for fc in (fc6, fc7) for m in (fc, nn.ReLU(inplace=True), nn.Dropout(dropout))]
+    init_convolutions(nn.ModuleList(layers))
+    return layers
+
+
+def large_fov(backbone: Backbone, channels: int, dropout: float) -> tuple[nn.Sequential, int]:
+    """What LargeFOV needs behind a backbone, and its width: nothing behind VGG-16, otherwise what VGG-16 has of it."""
+    if isinstance(backbone, VGG16):
+        return nn.Sequential(), backbone.channels["out"]
+    return nn.Sequential(nn.AvgPool2d(3, 1, 1), *fully_connected(backbone.channels["out"], channels, 12, dropout)), channels
+
+
 class DeepLabV1(ClassicModel):
     """DeepLab v1; scores at stride 8, upsampled with aligned corners (images of 8 k + 1 pixels make the grids meet).
 
     Args:
-        backbone: VGG-16 in the geometry of ``backbone_options``; its ``fc6`` is the field of view.
+        backbone: VGG-16 in the geometry of ``backbone_options``; its ``fc6`` is the field of view. Others get LargeFOV behind
+            them.
         num_classes: channels of the logits.
         msc: scores of the image and of pool1 to pool4 are added to those of fc7. In training they meet at stride 8, otherwise at
             the size of the image, which ``logits`` then have.
         branch_channels, dropout: of these branches.
+        fc_channels: width of LargeFOV, behind a backbone other than VGG-16; its dropout is ``dropout``.
+
+    Raises:
+        ValueError: ``msc`` on another backbone than VGG-16.
     """
 
     default_output_stride = 8
-    backbones = ("vgg16",)
+    backbones = ("vgg16", *LIGHT_BACKBONES)
     backbone_options: dict[str, Any] = {"fc6": "largefov", "pool": 3}
 
     def __init__(
         self,
-        backbone: VGG16,
+        backbone: Backbone,
         num_classes: int = 21,
         *,
         aux_loss: bool = False,
         msc: bool = False,
         branch_channels: int = 128,
         dropout: float = 0.5,
+        fc_channels: int = 1024,
     ) -> None:
-        classifier = nn.ModuleDict({"fc8": classifier_of(backbone.channels["out"], num_classes)})
+        fc7, width = large_fov(backbone, fc_channels, dropout)
+        classifier = nn.ModuleDict({"fc7": fc7, "fc8": classifier_of(width, num_classes)})
+        if msc and not isinstance(backbone, VGG16):
+            raise ValueError(f"msc=True: expected vgg16, whose pools it scores, not {type(backbone).__name__}")
         if msc:
             channels = {"image": backbone.in_channels, **backbone.channels}
             for name, stride in BRANCH_STRIDES.items():
                 classifier[name] = ScoreBranch(channels[name], branch_channels, num_classes, dropout, stride)
-        super().__init__(cast(Backbone, backbone), classifier, aux_loss=aux_loss, align_corners=True)
+        super().__init__(backbone, classifier, aux_loss=aux_loss, align_corners=True)
         self.msc = msc
 
     def logits(self, x: Tensor) -> dict[str, Tensor]:
         """``{"out": [N, num_classes, h, w]}``, at stride 8; with MSc and outside training, at the size of the image."""
         check_input(x)
+        self._check_statistics(x)
         features = self.backbone(x)
-        scores = self.classifier["fc8"](features["out"])
+        scores = self.classifier["fc8"](self.classifier["fc7"](features["out"]))
         if self.msc:
             size = scores.shape[-2:] if self.training else x.shape[-2:]
             scores = _at(scores, size)

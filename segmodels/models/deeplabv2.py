@@ -7,18 +7,17 @@ figure 7). One network sees the image at three scales, fused by their maximum (s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from atrous_kernels.nn import Conv2d
 from segmodels.backbones.base import Backbone
-from segmodels.backbones.classic import init_convolutions
 from segmodels.backbones.vgg import VGG16
-from segmodels.models.deeplabv1 import classifier_of
+from segmodels.models.classic import LIGHT_BACKBONES
+from segmodels.models.deeplabv1 import classifier_of, fully_connected
 from segmodels.models.multiscale import MultiScaleModel
 
 #: Section 4.1.2: ``rates`` of the variants.
@@ -30,7 +29,7 @@ class SummedASPP(nn.Module):
 
     Args:
         fc_channels: on VGG-16, each branch has its own fc6 (3x3, with the rate), fc7 and fc8, the first two this wide; with None,
-            as on ResNet, a branch is one 3x3 convolution.
+            as elsewhere, a branch is one 3x3 convolution.
     """
 
     def __init__(
@@ -42,12 +41,8 @@ class SummedASPP(nn.Module):
             if fc_channels is None:
                 self.branches.append(classifier_of(in_channels, num_classes, 3, rate))
                 continue
-            fc6 = Conv2d(in_channels, fc_channels, 3, padding=rate, dilation=rate)
-            fc7 = Conv2d(fc_channels, fc_channels, 1)
-            layers = [m for fc in (fc6, fc7) for m in (fc, nn.ReLU(inplace=True), nn.Dropout(dropout))]
-            branch = nn.Sequential(*layers)
-            init_convolutions(branch)
-            self.branches.append(branch.append(classifier_of(fc_channels, num_classes)))
+            fc7 = fully_connected(in_channels, fc_channels, rate, dropout)
+            self.branches.append(nn.Sequential(*fc7, classifier_of(fc_channels, num_classes)))
 
     def forward(self, x: Tensor) -> Tensor:
         first, *rest = self.branches
@@ -61,12 +56,12 @@ class DeepLabV2(MultiScaleModel):
     """DeepLab v2; scores at stride 8.
 
     Args:
-        backbone: VGG-16 or a ResNet in the geometry of ``backbone_options``.
+        backbone: VGG-16 or a ResNet in the geometry of ``backbone_options``, or a lighter one, read like a ResNet.
         num_classes: channels of the logits.
         rates: of the branches; a name in :data:`RATES` or the rates themselves. LargeFOV on VGG-16 averages pool5 first, as v1.
         scales: of the image, fused by their maximum; (1, 0.75, 0.5) in the paper. In training each has its own loss.
         fc_channels, dropout: of the branches on VGG-16.
-        freeze_batch_norm: a ResNet keeps its statistics and its BatchNorm's weights in training (the paper's batch is one image).
+        freeze_batch_norm: the backbone keeps its BatchNorm's statistics and weights in training (the paper's batch is one image).
         align_corners: of all interpolation; the authors' code has True.
 
     Raises:
@@ -74,7 +69,7 @@ class DeepLabV2(MultiScaleModel):
     """
 
     default_output_stride = 8
-    backbones = ("vgg16", "resnet101", "resnet50")
+    backbones = ("vgg16", "resnet101", "resnet50", *LIGHT_BACKBONES)
     backbone_options: dict[str, Any] = {"pool": 3, "first_block": "full", "stride_placement": "1x1", "ceil_mode": True}
 
     def __init__(
@@ -115,6 +110,18 @@ class DeepLabV2(MultiScaleModel):
             for norm in self._norms():
                 norm.training = False
         return self
+
+    def start_from_classification(self, state: Mapping[str, Tensor]) -> None:
+        """On VGG-16 every branch starts with its fc6 and fc7, subsampled as LargeFOV's, where the file has them."""
+        if not isinstance(self.backbone, VGG16):
+            return
+        for branch in self.classifier.branches:
+            layers = {"fc6": branch[0], "fc7": branch[3]}
+            found = self.backbone.fully_connected_of(state, layers["fc6"].out_channels, layers["fc6"].kernel_size[0])
+            for key, value in found.items():
+                name, _, kind = key.partition(".")
+                with torch.no_grad():
+                    getattr(layers[name], kind).copy_(value)
 
     def _norms(self) -> list[nn.Module]:
         return [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]

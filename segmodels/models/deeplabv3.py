@@ -7,7 +7,7 @@ The backbone runs densely from ``output_stride`` on (section 3.1); either it is 
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from segmodels.backbones.base import Backbone
 from segmodels.heads.aspp import DeepLabHead, PlainHead
@@ -60,6 +60,3 @@ class DeepLabV3(SegmentationModel):
             )
         aux = FCNHead(backbone.channels["aux"], num_classes) if aux_loss else None
         super().__init__(backbone, classifier, aux, align_corners=align_corners)
-
-    def _classify(self, features: dict[str, Tensor]) -> Tensor:
-        return self.classifier(features["out"])

@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atrous_kernels.nn import Conv2d
 from segmodels.backbones.base import Backbone
+from segmodels.backbones.vgg import VGG16
 from segmodels.heads.context import LARGE_WIDTHS, ContextModule
-from segmodels.heads.upscore import Upscore, crop
+from segmodels.heads.upscore import Upscore, crop, upsample_from_corner
 from segmodels.models.base import check_input
-from segmodels.models.classic import ClassicModel
+from segmodels.models.classic import LIGHT_BACKBONES, ClassicModel
 
 #: Rows of the padded image that the front end consumes on each side, and its stride.
 MARGIN, STRIDE = 186, 8
@@ -32,13 +32,13 @@ class FrontEnd(ClassicModel):
     Score ``i`` stands for row ``8 i`` of the image, as in the authors' labels and upsampling; rows between are interpolated.
 
     Args:
-        backbone: VGG-16 in the geometry of ``backbone_options``.
+        backbone: VGG-16 in the geometry of ``backbone_options``; or one that pads its own maps, which then needs no margin.
         num_classes: channels of the logits.
     """
 
     default_output_stride = STRIDE
-    backbones = ("vgg16",)
-    backbone_options: dict[str, Any] = {"fc6": "front-end", "padding": False, "dense_pools": False}
+    backbones = ("vgg16", *LIGHT_BACKBONES)
+    backbone_options: dict[str, Any] = {"fc6": "front-end", "layer_padding": False, "dense_pools": False}
     tile: tuple[int, int] | None = None
 
     def __init__(self, backbone: Backbone, num_classes: int = 21, *, aux_loss: bool = False) -> None:
@@ -50,6 +50,7 @@ class FrontEnd(ClassicModel):
         if context is not None:
             classifier.add_module("context", context)
         super().__init__(backbone, classifier, aux_loss=aux_loss)
+        self.margin = MARGIN if isinstance(backbone, VGG16) else 0
 
     def _context(self, num_classes: int) -> ContextModule | None:
         return None
@@ -64,13 +65,14 @@ class FrontEnd(ClassicModel):
         """``[N, num_classes, ceil(H / 8), ceil(W / 8)]``; with ``tile``, as much more as the last tiles need."""
         for dim, tile in zip((2, 3), self.tile or (1, 1), strict=True):
             size = x.shape[dim]
-            x = x.index_select(dim, reflected(size, MARGIN, MARGIN + -size % (STRIDE * tile), x.device))
+            x = x.index_select(dim, reflected(size, self.margin, self.margin + -size % (STRIDE * tile), x.device))
         scores = self.classifier.final(self.backbone(x)["out"])
         return scores if len(self.classifier) == 1 else self._in_context(scores)
 
     def logits(self, x: Tensor) -> dict[str, Tensor]:
         """``{"out": [N, num_classes, H, W]}``."""
         check_input(x)
+        self._check_statistics(x)
         return {"out": self._upsample(self.scores(x), x.shape[-2:])}
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -78,9 +80,7 @@ class FrontEnd(ClassicModel):
         return self.logits(x)
 
     def _upsample(self, scores: Tensor, size: torch.Size) -> Tensor:
-        grid = [STRIDE * (n - 1) + 1 for n in scores.shape[2:]]
-        between = F.interpolate(scores, size=grid, mode="bilinear", align_corners=True)
-        return crop(F.pad(between, (0, STRIDE - 1, 0, STRIDE - 1), mode="replicate"), 0, size)
+        return upsample_from_corner(scores, STRIDE, size)
 
 
 class Dilation8(FrontEnd):

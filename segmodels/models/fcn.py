@@ -3,7 +3,8 @@
 A classification network whose fully connected layers run as convolutions scores the image at stride 32; a transposed
 convolution brings the scores to the image (FCN-32s). FCN-16s and 8s add scores of pool4 and pool3, which see more detail
 (section 4.2). The image is padded by 100 instead of aligning it, so what is added and what is returned is cropped; the offsets
-follow from the backbone's ``centers`` and are the 19, 27, 31, 18, 5 and 9 of the authors' code.
+follow from the backbone's ``centers`` and are the 19, 27, 31, 18, 5 and 9 of the authors' code. Later backbones align their maps
+with the image; there, nothing is cropped.
 """
 
 from __future__ import annotations
@@ -15,28 +16,35 @@ import torch
 from torch import Tensor, nn
 
 from atrous_kernels.nn import Conv2d
+from segmodels.backbones.base import Backbone
 from segmodels.backbones.classic import ClassicBackbone
-from segmodels.heads.upscore import Upscore, crop
+from segmodels.heads.upscore import Upscore, crop, upsample_from_corner
 from segmodels.models.base import check_input
-from segmodels.models.classic import ClassicModel
+from segmodels.models.classic import LIGHT_BACKBONES, ClassicModel
 
 #: Fixed factors on what the at-once form of FCN-8s scores (PAMI, section 4.3): features of other depths have other magnitudes.
 AT_ONCE = {"out": 1.0, "pool4": 0.01, "pool3": 0.0001}
 
 
 class SkipScores(nn.Module):
-    """Scores of fc7 and of the pools, coarse to fine; 1x1 convolutions, zero at the start."""
+    """Scores of fc7 and of the pools, coarse to fine; 1x1 convolutions, zero at the start.
 
-    def __init__(self, channels: dict[str, int], num_classes: int, skips: tuple[str, ...], at_once: bool) -> None:
+    Args:
+        levels: name of a score -> name of the backbone's features, coarse to fine.
+    """
+
+    def __init__(self, channels: dict[str, int], num_classes: int, levels: dict[str, str], at_once: bool) -> None:
         super().__init__()
-        self.factors = {name: AT_ONCE[name] if at_once else 1.0 for name in ("out", *skips)}
-        self.score = nn.ModuleDict({name: Conv2d(channels[name], num_classes, 1) for name in ("out", *skips)})
+        self.levels = levels
+        self.factors = {name: AT_ONCE[name] if at_once else 1.0 for name in levels}
+        self.score = nn.ModuleDict({name: Conv2d(channels[level], num_classes, 1) for name, level in levels.items()})
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
 
     def forward(self, features: dict[str, Tensor]) -> list[Tensor]:
+        inputs = {name: features[level] for name, level in self.levels.items()}
         return [
-            score(features[name] if self.factors[name] == 1 else features[name] * self.factors[name])
+            score(inputs[name] if self.factors[name] == 1 else inputs[name] * self.factors[name])
             for name, score in self.score.items()
         ]
 
@@ -76,27 +84,41 @@ class SkipDecoder(nn.Module):
         return crop(self.upscore(x), self.offset, size)
 
 
+class AlignedDecoder(nn.Module):
+    """The same for maps whose value ``i`` lies on row ``stride * i`` of the image: interpolation, nothing learned or cropped."""
+
+    def forward(self, scores: list[Tensor], size: torch.Size) -> Tensor:
+        x, *rest = scores
+        for score in rest:
+            x = upsample_from_corner(x, 2, score.shape[2:]) + score
+        return upsample_from_corner(x, 32 >> len(rest), size)
+
+
 class FCN32s(ClassicModel):
     """FCN-32s; ``logits`` have the size of the image.
 
     Args:
-        backbone: VGG-16, AlexNet or GoogLeNet in the geometry of ``backbone_options``.
+        backbone: VGG-16, AlexNet or GoogLeNet in the geometry of ``backbone_options``, or one that aligns its maps.
         num_classes: channels of ``"out"``.
         geometric_classes: with a second head, ``"geometric"`` (SIFT Flow has 3; section 5).
         late_fusion: two networks, for colour and for HHA, whose scores are averaged (NYUDv2; section 5). The second starts as a
             copy of the first, and the input has six channels. Early fusion is a backbone of more ``in_channels``.
         at_once: FCN-8s trained in one stage, from fixed factors on the pools (PAMI, section 4.3).
         learn_upsampling: of 16s and 8s: learn all transposed convolutions but the last (CVPR); the code learns none.
+
+    Raises:
+        ValueError: ``learn_upsampling`` on a backbone that aligns its maps.
     """
 
     default_output_stride = 32
-    skips: tuple[str, ...] = ()
-    backbones: tuple[str, ...] = ("vgg16", "alexnet", "googlenet")
+    #: Name of the score -> the backbone's features that it reads.
+    skips: dict[str, str] = {}
+    backbones: tuple[str, ...] = ("vgg16", "alexnet", "googlenet", *LIGHT_BACKBONES)
     backbone_options: dict[str, Any] = {"fc6": "fcn", "first_padding": 100}
 
     def __init__(
         self,
-        backbone: ClassicBackbone,
+        backbone: Backbone,
         num_classes: int = 21,
         *,
         aux_loss: bool = False,
@@ -107,11 +129,15 @@ class FCN32s(ClassicModel):
     ) -> None:
         heads = {"out": num_classes} | ({"geometric": geometric_classes} if geometric_classes is not None else {})
         streams = 2 if late_fusion else 1
-        centers = backbone.centers()
+        if learn_upsampling and not isinstance(backbone, ClassicBackbone):
+            raise ValueError("learn_upsampling=True: expected vgg16; this backbone aligns its maps, which are interpolated")
+        levels = {"out": "out"} | self.skips
         classifier = nn.ModuleDict()
         for name, classes in heads.items():
-            scores = [SkipScores(backbone.channels, classes, self.skips, at_once) for _ in range(streams)]
-            decoder = SkipDecoder(centers, classes, self.skips, learn_upsampling)
+            scores = [SkipScores(backbone.channels, classes, levels, at_once) for _ in range(streams)]
+            decoder: nn.Module = AlignedDecoder()
+            if isinstance(backbone, ClassicBackbone):
+                decoder = SkipDecoder(backbone.centers(), classes, tuple(self.skips), learn_upsampling)
             classifier[name] = nn.ModuleDict({"scores": nn.ModuleList(scores), "decoder": decoder})
         super().__init__(backbone, classifier, aux_loss=aux_loss)
         self.backbone_hha = copy.deepcopy(backbone) if late_fusion else None
@@ -120,6 +146,7 @@ class FCN32s(ClassicModel):
     def logits(self, x: Tensor) -> dict[str, Tensor]:
         """``{"out": [N, num_classes, H, W]}`` and, with that head, ``"geometric"``."""
         check_input(x, self.in_channels)
+        self._check_statistics(x)
         streams = [self.backbone(x)] if self.backbone_hha is None else self._both(x)
         out = {}
         for name, head in self.classifier.items():
@@ -153,11 +180,11 @@ class FCN32s(ClassicModel):
 class FCN16s(FCN32s):
     """FCN-16s: as :class:`FCN32s`, with pool4."""
 
-    skips: tuple[str, ...] = ("pool4",)
-    backbones = ("vgg16",)
+    skips = {"pool4": "aux"}
+    backbones = ("vgg16", *LIGHT_BACKBONES)
 
 
 class FCN8s(FCN16s):
     """FCN-8s: as :class:`FCN16s`, with pool3."""
 
-    skips = ("pool4", "pool3")
+    skips = {"pool4": "aux", "pool3": "mid"}

@@ -6,8 +6,6 @@ baseline, and torchvision ``fcn_resnet50``.
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from segmodels.backbones.base import Backbone
 from segmodels.heads.fcn import FCNHead
 from segmodels.models.base import SegmentationModel
@@ -30,6 +28,3 @@ class DilatedFCN(SegmentationModel):
     ) -> None:
         aux = FCNHead(backbone.channels["aux"], num_classes) if aux_loss else None
         super().__init__(backbone, FCNHead(backbone.channels["out"], num_classes), aux, align_corners=align_corners)
-
-    def _classify(self, features: dict[str, Tensor]) -> Tensor:
-        return self.classifier(features["out"])

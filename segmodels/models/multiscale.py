@@ -49,10 +49,13 @@ class MultiScaleModel(ClassicModel):
     def logits(self, x: Tensor) -> dict[str, Tensor]:
         """``{"out": [N, num_classes, h, w]}`` at stride 8; in training with the scores of each scale."""
         check_input(x)
-        self._check_statistics(x)
-        if len(self.scales) == 1:
-            return {"out": self._scores(x)[0]}
-        parts = [self._scores(rescale(x, scale, self.align_corners)) for scale in self.scales]
+        parts = []
+        for scale in self.scales:
+            image = rescale(x, scale, self.align_corners)
+            self._check_statistics(image)
+            parts.append(self._scores(image))
+        if len(parts) == 1:
+            return {"out": parts[0][0]}
         size = parts[0][0].shape[-2:]
         scores = [upsample(score, size, self.align_corners) for score, _ in parts]
         features = [upsample(feature, size, self.align_corners) for _, feature in parts if feature is not None]

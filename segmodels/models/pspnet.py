@@ -7,8 +7,6 @@ the logits are upsampled bilinearly to the image. The auxiliary loss reads the f
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from segmodels.backbones.base import Backbone
 from segmodels.heads.fcn import FCNHead
 from segmodels.heads.psp import PSPHead
@@ -59,6 +57,3 @@ class PSPNet(SegmentationModel):
         )
         aux = FCNHead(backbone.channels["aux"], num_classes) if aux_loss else None
         super().__init__(backbone, classifier, aux, align_corners=align_corners)
-
-    def _classify(self, features: dict[str, Tensor]) -> Tensor:
-        return self.classifier(features["out"])

@@ -4,6 +4,10 @@ computes, and its tensors under our keys.
 Equal keys do not mean equal outputs: the rate of the first block of a stage, ``align_corners``, TensorFlow's padding, the
 order of ASPP's branches live in the peers' code. A reader knows its peer's code; :func:`segmodels.create_model` with
 ``weights=FILE`` takes the options from it.
+
+TensorFlow's frozen graphs are not read: the package index has no light, maintained reader of them (TensorFlow itself, tf2onnx,
+which needs it, and OpenVINO are not light). :mod:`segmodels.readers.mobilenet_deeplab` reads what was converted from TensorFlow
+Lite.
 """
 
 from __future__ import annotations
@@ -11,10 +15,10 @@ from __future__ import annotations
 import os
 
 from segmodels.backbones.weights import read_state_dict
-from segmodels.readers import caffe, kazuto_deeplabv2, mobilenet_deeplab, semseg, smp, torchvision
+from segmodels.readers import caffe, caffe_pspnet, kazuto_deeplabv2, mobilenet_deeplab, semseg, smp, torchvision
 from segmodels.readers.published import Published, load_published
 
-READERS = (torchvision, smp, semseg, mobilenet_deeplab, kazuto_deeplabv2, caffe)
+READERS = (torchvision, smp, semseg, mobilenet_deeplab, kazuto_deeplabv2, caffe, caffe_pspnet)
 
 __all__ = ["READERS", "Published", "load_published", "read_published"]
 

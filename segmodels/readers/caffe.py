@@ -23,6 +23,7 @@ _DILATION_MEANS = {
     "dilation8_vgg16": (102.93, 111.36, 116.52),  # VOC
     "dilation10_vgg16": (72.39, 82.91, 73.16),  # Cityscapes
 }
+_NYUD_MEAN, _NYUD_CLASSES = (116.190, 97.203, 92.318), 40
 _CAMVID_MEAN = (110.703, 108.778, 105.412)
 _DEEPLAB_MEAN = (104.008, 116.669, 122.675)
 _FC6_BY_KERNEL = {3: "largefov", 4: "4x4", 7: "7x7"}
@@ -30,7 +31,7 @@ _FC6_BY_KERNEL = {3: "largefov", 4: "4x4", 7: "7x7"}
 
 def recognises(state: Mapping[str, Tensor]) -> bool:
     layers = _layers(state)
-    return bool({"conv1_1", "conv1"} & layers) and any(
+    return bool({"conv1_1", "conv1", "conv1_1color", "conv1_1_bgrd"} & layers) and any(
         layer.startswith(("score_fr", "fc8_", "fc1_")) or layer in ("final", "fc-final") for layer in layers
     )
 
@@ -47,7 +48,10 @@ def read(state: Mapping[str, Tensor]) -> Published:
 
 
 def _fcn(state: Mapping[str, Tensor], layers: set[str]) -> Published:
+    """NYUDv2's among them: depth as a fourth channel (the logarithm of its value minus 7.844), or a second network for HHA (as
+    stored, 0 to 255, minus 132.431, 94.076 and 118.477). Neither is scaled."""
     alexnet = "conv1" in layers
+    streams = {"color": "backbone", "hha": "backbone_hha"} if "conv1_1color" in layers else {"": "backbone"}
     heads = {"out": ""}
     options: dict[str, Any] = {}
     if "score_fr_sem" in layers:  # SIFT Flow
@@ -56,10 +60,16 @@ def _fcn(state: Mapping[str, Tensor], layers: set[str]) -> Published:
     names: dict[str, str] = {}
     body = {f"conv{i}": f"conv{i}" for i in range(1, 6)} if alexnet else _vgg16()
     body |= {"fc6": "fc6", "fc7": "fc7"}
-    names |= {theirs: f"backbone.{ours}" for theirs, ours in body.items()}
-    for head, suffix in heads.items():
-        for theirs, depth in (("score_fr", "out"), ("score_pool4", "pool4"), ("score_pool3", "pool3")):
-            names[f"{theirs}{suffix}"] = f"classifier.{head}.scores.0.score.{depth}"
+    for index, (stream, backbone) in enumerate(streams.items()):
+        names |= {f"{theirs}{stream}": f"{backbone}.{ours}" for theirs, ours in body.items()}
+        for head, suffix in heads.items():
+            for theirs, depth in (("score_fr", "out"), ("score_pool4", "pool4"), ("score_pool3", "pool3")):
+                names[f"{theirs}{suffix}{stream}"] = f"classifier.{head}.scores.{index}.score.{depth}"
+    if len(streams) > 1:
+        options["late_fusion"] = True
+    if "conv1_1_bgrd" in layers:
+        names["conv1_1_bgrd"] = "backbone.features.0"
+        options["in_channels"] = 4
     stride = 8 if any(layer.startswith("score_pool3") for layer in layers) else 16
     stride = stride if any(layer.startswith("score_pool4") for layer in layers) else 32
     if "scale_pool4" in layers:
@@ -67,7 +77,9 @@ def _fcn(state: Mapping[str, Tensor], layers: set[str]) -> Published:
     # The transposed convolutions are bilinear interpolation, which ours are by themselves.
     ours = renamed_layers(state, names, leave_out=("upscore*", "scale_pool*"))
     first = "backbone.conv1" if alexnet else "backbone.features.0"
-    return _published(f"fcn{stride}s_{'alexnet' if alexnet else 'vgg16'}", options, ours, first, CAFFE_MEAN)
+    score = ours.get("classifier.out.scores.0.score.out.weight")
+    mean = _NYUD_MEAN if score is not None and len(score) == _NYUD_CLASSES else CAFFE_MEAN
+    return _published(f"fcn{stride}s_{'alexnet' if alexnet else 'vgg16'}", options, ours, first, mean)
 
 
 def _dilation(state: Mapping[str, Tensor], layers: set[str]) -> Published:
@@ -176,8 +188,8 @@ def _published(
     """With what reads the image turned from blue first to red first, and the normalisation in the options."""
     for name in (first, "classifier.image.0"):  # of MSc
         weight = state.get(f"{name}.weight")
-        if weight is not None and weight.dim() == 4 and weight.shape[1] == 3:
-            state[f"{name}.weight"] = weight[:, [2, 1, 0]].contiguous()
+        if weight is not None and weight.dim() == 4 and weight.shape[1] in (3, 4):
+            state[f"{name}.weight"] = weight[:, [2, 1, 0, 3][: weight.shape[1]]].contiguous()
     options |= {"input_mean": [value / 255 for value in reversed(mean)], "input_std": [1 / 255] * 3}
     return Published(model, options, state)
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from segmodels import create_model
 from segmodels.backbones import VGG16, AlexNet, GoogLeNet
+from segmodels.backbones.base import SamePaddedConv2d, set_geometry
 from segmodels.engine.losses import SegmentationLoss
 from segmodels.summary import summarise
 
@@ -17,12 +18,19 @@ NARROW = {
     "frontend_vgg16": {}, "dilation7_vgg16": {}, "dilation8_vgg16": {}, "dilation10_vgg16": {},
     "deeplabv1_vgg16": {}, "deeplabv2_vgg16": {"fc_channels": 16, "scales": (1, 0.75, 0.5)},
     "deeplabv2_resnet50": {"scales": (1, 0.5)}, "attentiontoscale_vgg16": {"attention_channels": 8},
+}
+#: The same systems on a backbone that aligns its maps with the image, and brings neither fc6 nor fc7.
+LIGHT = {
+    "fcn32s_mobilenetv2": {}, "fcn8s_mobilenetv2": {}, "frontend_mobilenetv2": {}, "dilation8_mobilenetv2": {"context": "basic"},
+    "deeplabv1_mobilenetv2": {"fc_channels": 16}, "deeplabv2_mobilenetv2": {"scales": (1, 0.5)},
+    "attentiontoscale_mobilenetv2": {"attention_channels": 8, "fc_channels": 16},
 }  # fmt: skip
 
 
 def narrow(name: str, num_classes: int = 5, **options) -> nn.Module:
     torch.manual_seed(0)
-    return create_model(name, num_classes, **{"width_mult": 1 / 16, **NARROW[name], **options})
+    width = {"width_mult": 0.25} if name in LIGHT else {"width_mult": 1 / 16}
+    return create_model(name, num_classes, **{**width, **(NARROW | LIGHT)[name], **options})
 
 
 @pytest.mark.parametrize(
@@ -88,7 +96,7 @@ def test_field_of_view_of_fcn_by_gradient(build, field):
     assert (rows.max() + rows.min()).item() / 2 == center
 
 
-@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("name", NARROW | LIGHT)
 def test_any_size(name):
     model = narrow(name).eval()
     for size in ((1, 1), (1, 37), (46, 33)):
@@ -99,7 +107,7 @@ def test_any_size(name):
         assert torch.isfinite(out["out"]).all()
 
 
-@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("name", NARROW | LIGHT)
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 def test_training_step(name, autocast):
     """Every parameter gets a finite gradient, and steps along it reduce the loss of the batch, which may be one image."""
@@ -107,6 +115,8 @@ def test_training_step(name, autocast):
     for module in model.modules():
         if isinstance(module, (nn.Dropout, VGG16, AlexNet)):
             setattr(module, "p" if isinstance(module, nn.Dropout) else "dropout", 0.0)
+        if isinstance(module, nn.BatchNorm2d):  # of one image, statistics of a few values would change with every step
+            module.eval()
     for module in model.modules():
         if type(module).__name__ == "SkipScores":  # they start from zero, which stops the gradient
             for parameter in module.parameters():
@@ -138,6 +148,9 @@ def test_training_step(name, autocast):
         ("deeplabv1_vgg16", {"msc": True, "branch_channels": 8}),
         ("deeplabv2_vgg16", {}),
         ("attentiontoscale_vgg16", {}),
+        ("fcn8s_mobilenetv2", {}),
+        ("dilation8_mobilenetv2", {}),
+        ("deeplabv2_resnet50", {}),
     ],
 )
 def test_compile_and_export(name, options):
@@ -169,11 +182,62 @@ def test_compile_and_export(name, options):
         ("deeplabv2_vgg16", {"scales": (0.5, 1)}, r"scales=\(0.5, 1\): expected 1 first"),
         ("attentiontoscale_vgg16", {"fusion": "sum"}, "fusion='sum': expected one of attention, average, max"),
         ("fcn32s_googlenet", {"form": "v4"}, "form='v4': expected one of caffe, torchvision"),
+        ("fcn8s_mobilenetv2", {"learn_upsampling": True}, "learn_upsampling=True: expected vgg16"),
+        ("deeplabv1_mobilenetv2", {"msc": True}, "msc=True: expected vgg16, whose pools it scores, not MobileNetV2"),
     ],
 )
 def test_mistakes_are_named(name, options, message):
     with pytest.raises(ValueError, match=message), torch.device("meta"):
         create_model(name, 5, **options)
+
+
+def test_on_a_light_backbone_maps_lie_where_the_image_says():
+    """Value ``i`` of a map is row ``stride * i`` of the image, at whatever stride the scores were added up."""
+    model = narrow("fcn8s_mobilenetv2").eval()
+    sizes = {"out": 3, "pool4": 5, "pool3": 9}
+    scores = [torch.zeros(1, 1, n, n) for n in sizes.values()]
+    for index, stride in enumerate((32, 16, 8)):
+        ramps = [s.clone() for s in scores]
+        ramps[index] += stride * torch.arange(scores[index].shape[2])[:, None]
+        decoded = model.classifier["out"]["decoder"](ramps, torch.Size((65, 65)))
+        assert decoded[0, 0, :, 7].equal(torch.arange(65.0))
+    features = model.backbone(torch.randn(1, 3, 65, 65))
+    assert {name: features[name].shape[2] for name in ("out", "aux", "mid")} == {"out": 3, "aux": 5, "mid": 9}
+
+
+@pytest.mark.parametrize(("size", "row"), [(193, 0), (180, 19), (192, 31)])
+def test_tensorflows_padding_places_a_map_by_the_parity_of_its_sizes(size, row):
+    """docs/kernels.md: five strides on an image of ``size`` rows; each convolution picks the centre of its window."""
+    x = torch.arange(float(size))[:, None].expand(1, 1, size, size)
+    for _ in range(5):
+        layer = SamePaddedConv2d(1, 1, 3, bias=False)
+        set_geometry(layer, 2, rate=1)
+        with torch.no_grad():
+            nn.init.dirac_(layer.weight)
+            x = layer(x)
+    assert x[0, 0, :, 0].equal(row + 32.0 * torch.arange(x.shape[2]))
+
+
+def test_large_fov_behind_a_light_backbone():
+    """The layers of VGG-16's fc6 and fc7: average, 3x3 at rate 12, 1x1; DeepLab v2's one branch of that rate has no average."""
+    model = narrow("deeplabv1_mobilenetv2").eval()
+    x = torch.randn(1, 3, 65, 41)
+    with torch.no_grad():
+        features = model.backbone(x)["out"]
+        assert features.shape[2:] == (9, 6)
+        (_, fc6, _, _, fc7, _, _), fc8 = model.classifier["fc7"], model.classifier["fc8"]
+        hidden = F.conv2d(F.avg_pool2d(features, 3, 1, 1), fc6.weight, fc6.bias, padding=12, dilation=12).relu()
+        expected = F.conv2d(F.conv2d(hidden, fc7.weight, fc7.bias).relu(), fc8.weight, fc8.bias)
+        torch.testing.assert_close(model.logits(x)["out"], expected, rtol=1e-4, atol=1e-6)  # sums in another order
+
+
+def test_one_value_per_channel_in_training_says_what_to_do():
+    for name in ("fcn32s_mobilenetv2", "frontend_mobilenetv2", "deeplabv1_mobilenetv2", "attentiontoscale_mobilenetv2"):
+        with pytest.raises(ValueError, match="its map has one value per channel"):
+            narrow(name)(torch.randn(1, 3, 7, 7))
+    # Four values per channel at the full scale, one at three quarters.
+    with pytest.raises(ValueError, match="one image of 7 x 7 pixels"):
+        narrow("attentiontoscale_mobilenetv2")(torch.randn(1, 3, 9, 9))
 
 
 def test_wrong_channels_are_named():

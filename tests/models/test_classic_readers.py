@@ -96,6 +96,8 @@ def test_what_is_not_a_caffemodel_is_refused(tmp_path, content, reason):
         ("fcn32s_alexnet", ["conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "score_fr"], {}),
         ("fcn16s_vgg16", [*VGG, "fc6", "fc7", "score_fr_sem", "score_pool4_sem", "score_fr_geo", "score_pool4_geo"],
          {"geometric_classes": 3}),
+        ("fcn32s_vgg16", [*(f"{c}color" for c in (*VGG, "fc6", "fc7")), "score_frcolor", "score_frhha",
+                          *(f"{c}hha" for c in (*VGG, "fc6", "fc7"))], {"late_fusion": True}),
         ("frontend_vgg16", [*VGG, "fc6", "fc7", "final"], {}),
         ("dilation7_vgg16", [*VGG, "fc6", "fc7", "final", *(f"ctx_{c}" for c in CONTEXT[:5]), "ctx_fc1", "ctx_final"], {}),
         ("dilation8_vgg16", [*VGG, "fc6", "fc7", "final", *(f"ctx_{c}" for c in CONTEXT[:6]), "ctx_fc1", "ctx_final"],
@@ -141,6 +143,21 @@ def test_caffe_networks(tmp_path, name, layers, options):
     torch.testing.assert_close(
         F.conv2d(given, first.weight, first.bias), F.conv2d(caffe, *blobs[layers[0]]), rtol=1e-4, atol=1e-3
     )
+
+
+def test_caffe_network_of_colour_and_depth(tmp_path):
+    """NYUDv2, early fusion: blue, green, red and depth in, 40 classes out."""
+    narrow = {"width_mult": 1 / 16}
+    source = randomise(create_model("fcn32s_vgg16", 40, in_channels=4, **narrow))
+    layers = ["conv1_1_bgrd", *VGG[1:], "fc6", "fc7", "score_fr"]
+    blobs = {layer: [c.weight.detach(), c.bias.detach()] for layer, c in zip(layers, convolutions(source), strict=True)}
+    weight = blobs["conv1_1_bgrd"][0]
+    blobs["conv1_1_bgrd"][0] = torch.cat([weight[:, :3].flip(1), weight[:, 3:]], 1)
+    path = tmp_path / "net.caffemodel"
+    path.write_bytes(network(blobs))
+    loaded = create_model("fcn32s_vgg16", 40, weights=path, **narrow)
+    assert [key for key, value in loaded.state_dict().items() if not value.equal(source.state_dict()[key])] == []
+    assert [round(255 * value, 3) for value in loaded.backbone.input_mean] == [92.318, 97.203, 116.190]
 
 
 def test_caffe_network_that_does_not_fit_is_named(tmp_path):
@@ -195,6 +212,48 @@ def test_caffe_deeplab_resnet(tmp_path):
     for key, value in loaded.state_dict().items():
         if value.is_floating_point():
             torch.testing.assert_close(value, source.state_dict()[key])
+
+
+@pytest.mark.parametrize(("depth", "blocks", "stride_placement"), [(50, (3, 4, 6, 3), "1x1"), (101, (3, 4, 23, 3), "3x3")])
+def test_caffe_pspnet(tmp_path, depth, blocks, stride_placement):
+    """The authors' layer names; BatchNorm as scale, shift, mean and variance of ``[1, C, 1, 1]`` in one layer."""
+    narrow = {"width_mult": 1 / 32, "head_channels": 4}
+    source = create_model(f"pspnet_resnet{depth}", 5, stem="deep", bins=(6, 3, 2, 1), **narrow)
+    randomise(source)
+    body, blobs = source.backbone, {}
+
+    def add(name: str, convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+        blobs[name] = [convolution.weight.detach()]
+        values = (norm.weight.detach(), norm.bias.detach(), norm.running_mean, norm.running_var)
+        blobs[f"{name}/bn"] = [value[None, :, None, None] for value in values]
+
+    for name, i, norm in (("conv1_1_3x3_s2", 0, body.conv1[1]), ("conv1_2_3x3", 3, body.conv1[4]), ("conv1_3_3x3", 6, body.bn1)):
+        add(name, body.conv1[i], norm)
+    blobs["conv1_1_3x3_s2"][0] = blobs["conv1_1_3x3_s2"][0].flip(1)
+    for stage, count in enumerate(blocks, 2):
+        for i, block in enumerate(getattr(body, f"layer{stage - 1}")):
+            add(f"conv{stage}_{i + 1}_1x1_reduce", block.conv1, block.bn1)
+            add(f"conv{stage}_{i + 1}_3x3", block.conv2, block.bn2)
+            add(f"conv{stage}_{i + 1}_1x1_increase", block.conv3, block.bn3)
+            if i == 0:
+                add(f"conv{stage}_1_1x1_proj", *block.downsample)
+        assert i + 1 == count
+    for bins, level in zip((6, 3, 2, 1), source.classifier.ppm.features, strict=True):
+        add(f"conv5_3_pool{bins}_conv", level[1], level[2])
+    add("conv5_4", *source.classifier.cls[:2])
+    blobs["conv6"] = [source.classifier.cls[4].weight.detach(), source.classifier.cls[4].bias.detach()]
+    path = tmp_path / "net.caffemodel"
+    path.write_bytes(network(blobs))
+    loaded = create_model(f"pspnet_resnet{depth}", 5, weights=path, **narrow)
+    expected = source.state_dict()
+    assert [key for key, value in loaded.state_dict().items() if not value.equal(expected[key])] == []
+    assert loaded.backbone.stride_placement == stride_placement
+    assert (loaded.output_stride, loaded.align_corners, loaded.classifier.ppm.bins) == (8, True, (6, 3, 2, 1))
+    assert [round(255 * value, 3) for value in loaded.backbone.input_mean] == [123.68, 116.779, 103.939]
+    blobs["conv7"] = [torch.zeros(1, 1, 1, 1)]
+    path.write_bytes(network(blobs))
+    with pytest.raises(ValueError, match=r"unexpected conv7\.0"):
+        create_model(f"pspnet_resnet{depth}", 5, weights=path, **narrow)
 
 
 class PeerBlock(nn.Module):
@@ -306,6 +365,19 @@ def test_torchvision_vgg16(fc6, taps):
     rows = [int((columns == row.flatten()).all(1).nonzero()) for row in backbone.fc7.weight]
     assert backbone.fc7.bias.equal(state["classifier.3.bias"][rows])
     assert len(set(rows)) == len(rows)
+
+
+def test_branches_of_deeplab_v2_start_with_fc6_and_fc7(tmp_path):
+    state = torchvision_vgg16(1 / 16)
+    torch.save(state, tmp_path / "vgg16.pth")
+    model = create_model("deeplabv2_vgg16", 5, weights_backbone=tmp_path / "vgg16.pth", width_mult=1 / 16, fc_channels=64)
+    largefov = VGG16(fc6="largefov", width_mult=1 / 16)
+    load_backbone(largefov, state, "vgg16.pth")
+    for branch in model.classifier.branches:
+        for ours, theirs in ((branch[0], largefov.fc6), (branch[3], largefov.fc7)):
+            assert ours.weight.equal(theirs.weight)
+            assert ours.bias.equal(theirs.bias)
+    assert model.backbone.features[28].weight.equal(state["features.28.weight"])
 
 
 def test_subsampling_is_repeatable():

@@ -65,12 +65,14 @@ def test_exports_and_strides() -> None:
         expected = model(x)["out"]
         exported = torch.export.export(model, (x,), strict=False).module()(x)["out"]
         torch.testing.assert_close(exported, expected)
+        torch._dynamo.reset()
+        assert torch.compile(model, backend="eager", fullgraph=True)(x)["out"].equal(expected)
         model.set_output_stride(16)
         assert model(x)["out"].shape == expected.shape
 
 
 def test_mistakes_name_the_value() -> None:
-    with pytest.raises(ValueError, match=r"edge_levels=\['middle'\]: expected one or more of low, aux, out"):
+    with pytest.raises(ValueError, match=r"edge_levels=\['middle'\]: expected one or more of low, mid, aux, out"):
         _tiny(edge_levels=["middle"])
     with pytest.raises(ValueError, match=r"sigma_s=0, sigma_r=1\.0, iterations=3: expected numbers above 0"):
         _tiny(sigma_s=0)

@@ -118,6 +118,49 @@ def test_a_file_with_code_is_refused(tmp_path):
         create_model("pspnet_resnet18", weights=tmp_path / "module.pth")
 
 
+def test_timm_resnet_d():
+    """timm's ``resnet50d``: a stem of three convolutions, and an average before each projection, which so has another index."""
+    options = {"stem": "deep", "stem_width": 32, "avg_down": True}
+    with torch.device("meta"):
+        full = BACKBONES["resnet50"](**options)
+    assert sum(p.numel() for p in full.parameters()) + 2048 * 1000 + 1000 == 25_576_264
+    plain = set(BACKBONES["resnet50"](width_mult=1 / 16).state_dict())
+    keys = {f"layer{n}.0.downsample.{i}.weight" for n in range(1, 5) for i in (1, 2)}
+    assert {key for key in full.state_dict() if "downsample" in key and "weight" in key} == keys
+    assert not keys <= plain
+    source = BACKBONES["resnet50"](width_mult=1 / 16, **options)
+    randomise_batch_norm(source)
+    state = source.state_dict() | {"fc.weight": torch.zeros(1000, 128), "fc.bias": torch.zeros(1000)}
+    model = BACKBONES["resnet50"](width_mult=1 / 16, **options)
+    load_backbone(model, state, "resnet50d.pth")
+    assert all(value.equal(state[key]) for key, value in model.state_dict().items())
+    with pytest.raises(ValueError, match=r"\(a ResNet-d: stem='deep', stem_width=32, avg_down=True\)"):
+        load_backbone(BACKBONES["resnet50"](width_mult=1 / 16), state, "resnet50d.pth")
+    with pytest.raises(ValueError, match="avg_down=True with stride_placement='last'"):
+        BACKBONES["resnet50"](avg_down=True, stride_placement="last")
+
+
+def test_average_of_a_resnet_d_is_the_frameworks_and_survives_the_loss_of_its_stride():
+    torch.manual_seed(0)
+    model = BACKBONES["resnet18"](width_mult=1 / 4, avg_down=True)
+    randomise_batch_norm(model)
+    model.eval()
+    shortcut = model.layer2[0].downsample
+    x = torch.randn(2, 16, 9, 12)
+    with torch.no_grad():
+        for size in ((9, 12), (1, 1)):
+            part = x[:, :, : size[0], : size[1]]
+            pooled = nn.functional.avg_pool2d(part, 2, 2, ceil_mode=True, count_include_pad=False)
+            assert_same(shortcut(part), shortcut[1:](pooled))
+        image = torch.randn(1, 3, 97, 65)
+        found = {}
+        for output_stride in (32, 8):
+            model.set_output_stride(output_stride)
+            found[output_stride] = model(image)["out"]
+        assert_same(found[8][..., ::4, ::4], found[32])
+        assert model(image[:, :, :1, :1])["out"].shape[2:] == (1, 1)
+
+
 @pytest.mark.parametrize("names", ["timm", "semseg"])
 def test_deep_stems_of_classification_files(names):
     """timm's ``resnet*s`` names the stem conv1.0 to conv1.6; semseg's initial models conv1 to conv3. Both end in ``fc``."""
