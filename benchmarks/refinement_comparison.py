@@ -79,14 +79,14 @@ class Network:
     def scores(self, images: Tensor) -> Tensor:
         """float32 ``[N, C, H, W]`` of normalised images ``[N, 3, H, W]``."""
         with torch.autocast("cpu", torch.bfloat16):
-            logits = self.model.logits(images)["out"]  # type: ignore[operator]
+            logits = self.model.logits(images.contiguous(memory_format=torch.channels_last))["out"]  # type: ignore[operator]
         return F.interpolate(logits.float(), size=images.shape[2:], mode="bilinear", align_corners=False)
 
     @torch.no_grad()
     def levels(self, images: Tensor) -> list[Tensor]:
         """The features that EdgeNet reads."""
         with torch.autocast("cpu", torch.bfloat16):
-            features = self.model.backbone(images)  # type: ignore[operator]
+            features = self.model.backbone(images.contiguous(memory_format=torch.channels_last))  # type: ignore[operator]
         return [features[level].float() for level in LEVELS]
 
     def normalised(self, colours: Tensor) -> Tensor:
