@@ -49,8 +49,8 @@ RESULTS = Path(__file__).parent / "results" / "refinement"
 ITERATIONS, BATCH, CROP = 60, 4, 193
 # Widths in pixels of the halved images; DeepLab v1 searches 50 to 100 pixels, 3 to 10 colours and weights 5 and 10 at full size.
 CRF = DenseCRF(w2=3, sigma_gamma=1)
-CRF_GRID = {"w1": (2, 4), "sigma_alpha": (15, 40), "sigma_beta": (4, 8)}
-DT_GRID = {"sigma_s": (5.0, 10.0, 20.0, 40.0), "sigma_r": (15.0, 50.0, 150.0)}
+CRF_GRID = {"w1": (4, 8), "sigma_alpha": (40, 80), "sigma_beta": (8, 13)}
+DT_GRID = {"sigma_s": (20.0, 40.0, 80.0, 160.0), "sigma_r": (50.0, 150.0, 500.0)}
 LEVELS = ("low", "aux")  # of the backbone, which EdgeNet reads
 METHODS = {  # what the rows of the report are called
     "model": "the network alone",
@@ -180,7 +180,7 @@ def compare(checkpoint: Path, seed: int, pictures: Path) -> dict[str, Any]:
         return learnt(scores, colours, edge_net(network.levels(images), images.shape[2:]))
 
     losses["dt_edge_net"] = trained(
-        "EdgeNet", edge_net, 1e-3, config, network, seed,
+        "EdgeNet", edge_net, 0.01, config, network, seed,
         lambda scores, images: along_learnt_edges(scores, images, network.colours(images)),
     )  # fmt: skip
 
