@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report_networks import models_section, published_section, training_section, weak_section
+from benchmarks.report_networks import models_section, published_section, refinement_section, training_section, weak_section
 from benchmarks.report_parts import RESULTS, ROOT, Rows, best, fastest, geomean, load, machine_line, milliseconds, ratio, table
 
 PAGE = ROOT / "docs" / "results.md"
@@ -256,7 +256,7 @@ def page() -> str:
         sections.append(models_section(models))
     sections += [op_section(op, title) for op, title in OPS.items()]
     sections += [dispatch_section(), errors_section(), fuzz_section(), training_section(), published_section(), weak_section()]
-    sections += [kernels_section(), plan_section()]
+    sections += [refinement_section(), kernels_section(), plan_section()]
     return "\n".join(section for section in sections if section)
 
 
