@@ -22,6 +22,9 @@ template <class T>
 Tensor run(const Tensor& unary, const std::vector<Tensor>& lattices, const std::vector<Tensor>& compatibilities,
            const std::vector<Tensor>& before, const std::vector<Tensor>& after, int64_t iterations, int64_t most_vertex_bytes) {
   const int64_t points = unary.size(0), channels = unary.size(1);
+  // Every iteration reads the energies: a copy with the channels last pays, unless it would be large.
+  const bool copied = unary.numel() * static_cast<int64_t>(sizeof(T)) <= most_vertex_bytes / 4;
+  const Tensor energies = copied ? torch::stable::contiguous(unary) : unary;
   std::vector<cpu::MeanFieldKernel<T>> kernels;
   for (size_t k = 0; k < compatibilities.size(); ++k) {
     const Tensor* const t = &lattices[k * tensors_per_lattice];
@@ -36,8 +39,8 @@ Tensor run(const Tensor& unary, const std::vector<Tensor>& lattices, const std::
   }
   Tensor out = empty({points, channels}, unary, false);
   if (out.numel() > 0)
-    cpu::mean_field<T>({points, channels, static_cast<const T*>(unary.const_data_ptr()), unary.stride(0), unary.stride(1)}, kernels,
-                       iterations, most_vertex_bytes, static_cast<T*>(out.mutable_data_ptr()));
+    cpu::mean_field<T>({points, channels, static_cast<const T*>(energies.const_data_ptr()), energies.stride(0), energies.stride(1)},
+                       kernels, iterations, most_vertex_bytes, static_cast<T*>(out.mutable_data_ptr()));
   return out;
 }
 
