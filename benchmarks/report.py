@@ -17,6 +17,7 @@ from benchmarks.report_networks import (
     families_section,
     models_section,
     published_section,
+    refinement_section,
     training_section,
     weak_section,
 )
@@ -265,7 +266,7 @@ def page() -> str:
     sections += [op_section(op, title) for op, title in OPS.items()]
     sections += [dispatch_section(), errors_section(), fuzz_section()]
     sections += [training_section(), families_section(), published_section(), weak_section()]
-    sections += [kernels_section(), plan_section()]
+    sections += [refinement_section(), kernels_section(), plan_section()]
     return "\n".join(section for section in sections if section)
 
 

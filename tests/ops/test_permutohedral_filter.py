@@ -212,6 +212,23 @@ def test_mean_field_against_the_definition(channels: int, normalization: str, po
 
 
 @needs_cpu
+@pytest.mark.parametrize("channels", [3, 21, 70])
+def test_mean_field_a_few_channels_at_a_time(channels: int, poison: None) -> None:
+    """Of large images; the same bits, from energies of any strides."""
+    features = _features(1, 5, 23, 31)
+    grid = torch.stack(torch.meshgrid(torch.arange(23.0), torch.arange(31.0), indexing="ij"))[None]
+    lattices = [array for x in (features, grid) for array in ak.permutohedral_lattice(x).arrays()]
+    unary = torch.randn(channels, 23 * 31).T
+    factors = [-2 * torch.rand(channels), -torch.rand(channels)]
+    run = torch.ops.atrous_native.mean_field
+    whole = run(unary, lattices, factors, [], [], 4)
+    assert torch.equal(whole, run(unary, lattices, factors, [], [], 4, most_vertex_bytes=1))
+    assert torch.equal(whole, run(unary.contiguous(), lattices, factors, [], [], 4))
+    mixing = [factors[0], torch.randn(channels, channels)]  # all channels at once, whatever it takes
+    assert torch.equal(run(unary, lattices, mixing, [], [], 2), run(unary, lattices, mixing, [], [], 2, most_vertex_bytes=1))
+
+
+@needs_cpu
 def test_mean_field_is_for_inference() -> None:
     unary = torch.randn(1, 3, 4, 4, requires_grad=True)
     lattice = ak.permutohedral_lattice(_features(1, 2, 4, 4))
