@@ -240,9 +240,10 @@ def plan_section() -> str:
 
 **A model, not a measurement**: nothing here ran on a GPU. `python -m benchmarks.plan` deals the programs that the launchers of
 Triton and of the CUDA kernels for tensor cores would launch to the multiprocessors of {", ".join(names.values())}, each as slow
-as its arithmetic at the peak or its L2 traffic; `python -m atrous_kernels plan` does it for any problem. Microseconds; waves, balance (average over longest-working
-multiprocessor) and *longest first* (were the programs sorted) are those of {names["h200"]}. *Valid*: share of real input in the
-arithmetic of whole blocks. The floor is that of the valid taps. What is left out is told in `atrous_kernels/gpu_model.py`.
+as its arithmetic at the peak or its L2 traffic; `python -m atrous_kernels plan` does it for any problem. Microseconds; waves,
+balance (average over longest-working multiprocessor) and *longest first* (were the programs sorted) are those of
+{names["h200"]}. *Valid*: share of real input in the arithmetic of whole blocks. The floor is that of the valid taps. What is left
+out is told in `atrous_kernels/gpu_model.py`.
 
 {table(header, cells)}
 """

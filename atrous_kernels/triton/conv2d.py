@@ -326,8 +326,10 @@ def _weight_correlation(source: Tensor, grad: Tensor, target: Tensor, axes: Axes
 # Launching ------------------------------------------------------------------------------------------------------------
 
 
-def tile_config(tensors: Sequence[Tensor], rows: int, cols: int, reduced: int) -> tuple[int, int, int, int, int]:
-    """(BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) of a product [rows, reduced] x [reduced, cols].
+def tile_config(
+    tensors: Sequence[Tensor], rows: int, cols: int, reduced: int, kind: str = "dense"
+) -> tuple[int, int, int, int, int]:
+    """(BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) of a product [rows, reduced] x [reduced, cols]; ``kind`` of kernel.
 
     Where channels are neighbours in memory, loads are asynchronous 16-byte copies. Elsewhere every element needs an
     address and a register of its own, so tiles are smaller. A measured table goes before these rules.
@@ -340,7 +342,7 @@ def tile_config(tensors: Sequence[Tensor], rows: int, cols: int, reduced: int) -
     else:
         rule = (128, 128, 64, 8, 3) if vectors else (64, 64, 32, 4, 3)
     how = f"{dot_precision(dtype)} {'vectors' if vectors else 'elements'}"
-    most_m, most_n, most_k, warps, stages = launch_table.choose("dense", tensors[0], how, (rows, cols, reduced), rule)
+    most_m, most_n, most_k, warps, stages = launch_table.choose(kind, tensors[0], how, (rows, cols, reduced), rule)
     # A matrix instruction needs 16 along every axis; more than the problem has would only be masked away.
     block_m, block_n = power_of_two(rows, 16, most_m), power_of_two(cols, 16, most_n)
     return block_m, block_n, power_of_two(reduced, 16, most_k), warps if block_m * block_n >= 64 * 64 else 4, stages

@@ -26,7 +26,7 @@ from atrous_kernels.triton.upsample import (
     load_columns,
     load_tile,
     locate,
-    upsample_tiles,
+    tiles_of,
 )
 
 if TYPE_CHECKING:
@@ -284,8 +284,8 @@ def plan(
     with_gradient: bool,
 ) -> tuple[Results, list[Launch]]:
     """The unwritten results and the launches that write them; ``scale`` [N, H, W] multiplies loss and gradient of a pixel."""
-    batch, classes, height, width = logits.shape
-    tiles = upsample_tiles(batch, classes, (height, width), target.shape[1:], align_corners)
+    batch, classes = logits.shape[:2]
+    tiles = tiles_of(logits, target.shape[1:], align_corners)
 
     def new(*size: int) -> Tensor:
         return torch.empty(size, dtype=torch.float32, device=logits.device)

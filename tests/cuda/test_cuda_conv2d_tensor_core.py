@@ -218,6 +218,19 @@ def test_through_the_library() -> None:
     assert all(torch.allclose(a.double(), b, rtol=5e-3, atol=0.15) for a, b in zip(ours, expected, strict=True))
 
 
+def test_channels_that_do_not_fill_vectors() -> None:
+    """13 channels in, 21 out: through the library they are filled up with zeros, forwards and back. Integers: exact."""
+    x, w = (torch.randint(-2, 3, size).half().requires_grad_() for size in ((2, 13, 6, 5), (21, 13, 3, 3)))
+    g = torch.randint(-2, 3, (2, 21, 6, 5)).half()
+    with emulated.as_cuda_backend("conv2d", "conv2d_input", "conv2d_weight"):
+        out = ak.conv2d(x.contiguous(memory_format=torch.channels_last), w, padding=2, dilation=2, backend="tensor_core")
+        ours = [out, *torch.autograd.grad(out, (x, w), g)]
+    X, W = x.detach().float().requires_grad_(), w.detach().float().requires_grad_()
+    exact = framework_conv2d(X, W, padding=2, dilation=2)
+    expected = [exact, *torch.autograd.grad(exact, (X, W), g.float())]
+    assert all(torch.equal(a, b.half()) for a, b in zip(ours, expected, strict=True))
+
+
 # The plan --------------------------------------------------------------------------------------------------------------
 
 
