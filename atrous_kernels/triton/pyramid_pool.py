@@ -49,21 +49,26 @@ def _united(value, at, MAXIMUM: tl.constexpr):
     return result, pixel
 
 
+@kernel()
+def _cell(table, cells, channels, channel_blocks, BLOCK_C: tl.constexpr):
+    """The cell and image of a program; the cell's first row and column, columns and pixels; the program's channels and which of
+    them exist."""
+    block = tl.program_id(0)
+    cell = block // channel_blocks % cells
+    image = (block // channel_blocks // cells).to(tl.int64)
+    cols = tl.load(table + 3 * cells + cell)
+    area = tl.load(table + 2 * cells + cell) * cols
+    channel = block % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    return cell, image, tl.load(table + cell), tl.load(table + cells + cell), cols, area, channel, channel < channels
+
+
 @kernel(do_not_specialize=["cells", "channels", "channel_blocks"])
 def _pool_cells(
     input, sums, pixels, table, cells, channels, channel_blocks, width, input_n, input_c, input_h, input_w,
     MAXIMUM: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_C channels of one cell into ``sums`` [N, cells, C] and, for the maximum, its pixel into ``pixels``."""
-    block = tl.program_id(0)
-    cell = block // channel_blocks % cells
-    image = (block // channel_blocks // cells).to(tl.int64)
-    row = tl.load(table + cell)
-    col = tl.load(table + cells + cell)
-    cols = tl.load(table + 3 * cells + cell)
-    area = tl.load(table + 2 * cells + cell) * cols
-    channel = block % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    exists = channel < channels
+    cell, image, row, col, cols, area, channel, exists = _cell(table, cells, channels, channel_blocks, BLOCK_C)
     source = input + image * input_n + (channel.to(tl.int64) * input_c)[None, :]
     if MAXIMUM:
         value = tl.full((BLOCK_P, BLOCK_C), float("-inf"), tl.float32)
@@ -140,17 +145,9 @@ def _gather(
     MAXIMUM: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_C channels of one cell's pixels: the shares of the bins that the cell lies in, named by ``members``."""
-    block = tl.program_id(0)
-    cell = block // channel_blocks % cells
-    image = (block // channel_blocks // cells).to(tl.int64)
-    row = tl.load(table + cell)
-    col = tl.load(table + cells + cell)
-    cols = tl.load(table + 3 * cells + cell)
-    area = tl.load(table + 2 * cells + cell) * cols
+    cell, image, row, col, cols, area, channel, exists = _cell(table, cells, channels, channel_blocks, BLOCK_C)
     begin = tl.load(table + 4 * cells + cell)
     count = tl.load(table + 5 * cells + cell)
-    channel = block % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    exists = channel < channels
     channel = channel.to(tl.int64)
     grads = grad + image * grad_n + channel * grad_c
     share = tl.zeros((BLOCK_C,), tl.float32)
