@@ -95,7 +95,7 @@ def _fitting(task: Task, gpu: GPU) -> Iterable[Config]:
     size = call.dtype.itemsize
     if task.kind in ("dense", "aspp"):
         return _products(size, gpu)
-    return {
+    few: dict[str, Iterable[Config]] = {
         "depthwise": list(product((8, 16, 32, 64), (32, 64, 128), (4,)))
         if call.channels_last else [(pixels, 1, 4) for pixels in (128, 256, 512, 1024)],
         "psp_conv": [(64, n, 32 if size == 2 else 16, warps) for n in (64, 128) for warps in (4, 8)],
@@ -104,7 +104,8 @@ def _fitting(task: Task, gpu: GPU) -> Iterable[Config]:
         "pooling": [(8, 64, 4), (16, 64, 4), (16, 128, 4), (16, 128, 8), (8, 256, 4)]
         if call.channels_last else [(64, 8, 4), (256, 4, 4), (256, 8, 4)],
         "upsample": [(512, 16), (1024, 8), (2048, 16), (512, 8)],
-    }[task.kind]  # fmt: skip
+    }  # fmt: skip
+    return few[task.kind]
 
 
 def _products(size: int, gpu: GPU) -> Iterator[Config]:

@@ -118,29 +118,30 @@ def branches(base: ConvProblem) -> Iterator[Call]:
 
 def passes(size: Sequence[int], dtype: torch.dtype, channels_last: bool) -> Iterator[Call]:
     """What a training step of conv-bn-relu does beside its convolutions, on maps of ``size``."""
-    bounds, channels = (0.0, inf), size[1]
+    ours: Any = conv_bn_relu
+    channels, bounds = size[1], {"low": 0.0, "high": inf}
 
     def operands(maps: int, vectors: int, new: New) -> list[Tensor]:
         return [*(new(*size) for _ in range(maps)), *(new(channels, dtype=torch.float32) for _ in range(vectors))]
 
     def plan_act(x: Tensor, *vectors: Tensor) -> Planned:
         output = torch.empty_like(x)
-        return [output], conv_bn_relu.plan_batch_norm_act(x, *vectors, *bounds, output)
+        return [output], ours.plan_batch_norm_act(x, *vectors, output=output, **bounds)
 
     def plan_input(*tensors: Tensor) -> Planned:
-        output, launches = conv_bn_relu.plan_batch_norm_act_input(*tensors, *bounds)
+        output, launches = ours.plan_batch_norm_act_input(*tensors, **bounds)
         return [output], launches
 
     for name, maps, vectors, planned in (
-        ("statistics", 1, 0, conv_bn_relu.plan_batch_norm_statistics),
+        ("statistics", 1, 0, ours.plan_batch_norm_statistics),
         ("act", 1, 3, plan_act),
-        ("act_sums", 2, 3, lambda *tensors: conv_bn_relu.plan_batch_norm_act_sums(*tensors, *bounds)),
+        ("act_sums", 2, 3, lambda *tensors: ours.plan_batch_norm_act_sums(*tensors, **bounds)),
         ("act_input", 2, 5, plan_input),
     ):  # fmt: skip
 
         def truth(*tensors: Tensor, name: str = name) -> Sequence[Tensor]:
             exact = [tensor.double() for tensor in tensors]
-            found = getattr(reference_passes, f"batch_norm_{name}")(*exact, *(bounds if name != "statistics" else ()))
+            found = getattr(reference_passes, f"batch_norm_{name}")(*exact, **(bounds if name != "statistics" else {}))
             return [found] if isinstance(found, Tensor) else found
 
         label = f"batch_norm_{name} of {'x'.join(map(str, size))}"
@@ -200,7 +201,7 @@ def losses(problem: UpsampleProblem, channels_last: bool) -> Iterator[Call]:
     options: Any = (None, None, 255, 0.0, False)
 
     def loss(logits: Tensor, target: Tensor) -> Planned:
-        whole = dict(mean=True, per_pixel=False, with_gradient=True)
+        whole: Any = dict(mean=True, per_pixel=False, with_gradient=True)
         results, launches = upsample_cross_entropy.plan(logits, target, *options, **whole)
         return [results.loss, results.gradient], launches
 
@@ -233,8 +234,8 @@ def calls() -> list[Call]:
         for size, classes, wanted in ((33, 21, 513), (60, 150, 473)):
             logits = UpsampleProblem(16, classes, (size, size), (wanted, wanted), dtype, "cuda")
             found += losses(logits, True)
-        for size in ((16, 256, 33, 33), (16, 2048, 33, 33), (16, 64, 129, 129)):
-            found += passes(size, *of)
+        for maps in ((16, 256, 33, 33), (16, 2048, 33, 33), (16, 64, 129, 129)):
+            found += passes(maps, *of)
         for problem in problems[8:]:
             found += convolutions(problem)
     return found

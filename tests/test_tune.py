@@ -46,7 +46,7 @@ def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check(table)
     assert table["times"] == "modelled, not measured"
     assert table["gpu"] == {"name": "NVIDIA A100-SXM4-80GB", "capability": [8, 0], "multiprocessors": 108}
-    assert table["kernels"]["aspp"]
+    assert table["kernels"]["dense"]
     assert "2/2 dense" in capsys.readouterr().out
     tune.main(["--dry-run", "--output", str(path), "--minutes", "-1", "--calls", "2"])
     assert json.loads(path.read_text())["not_reached"] == 2

@@ -154,7 +154,8 @@ def _taps(axes: Axes) -> list[tuple[list[int], list[int]]]:
             if last > first else [tap, 0, 0, 0]
             for tap, (first, last) in enumerate(ranges)
         ])  # fmt: skip
-    return sorted(product(*strips), key=lambda pair: -pair[0][1] * pair[1][1])
+    rows, cols = strips
+    return sorted(product(rows, cols), key=lambda pair: -pair[0][1] * pair[1][1])
 
 
 @cache

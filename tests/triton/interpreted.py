@@ -243,7 +243,7 @@ def tuned_kinds(dtype: torch.dtype, problem: Any, upsampling: Any, configs: dict
     """Per kind of kernel the tuner's rows and rejections of small calls, each with the rule and one other configuration."""
     from atrous_kernels import tune_calls
 
-    tune, size = _tune(), (1, 18, 9, 7)
+    tune, size = _tune(), (1, 10, 5, 4)
     calls = [
         *tune_calls.branches(problem), *tune_calls.passes(size, dtype, True), *tune_calls.pooling(size, dtype, True),
         *tune_calls.pooled_half(size, dtype, True), *tune_calls.losses(upsampling, True),

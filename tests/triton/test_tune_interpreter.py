@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import interpreted
@@ -28,8 +29,9 @@ def test_every_kind_of_kernel_gets_an_entry(interpret: Callable[..., Any]) -> No
     configs = {
         "aspp": (32, 16, 16, 4, 3), "passes": (16, 8, 8), "pooling": (4, 4, 8), "psp_conv": (16, 16, 16, 8), "upsample": (64, 8),
     }  # fmt: skip
-    logits = UpsampleProblem(1, 5, (4, 3), (17, 20), dtype, "cuda")
-    found = interpret(interpreted.tuned_kinds, dtype, SMALL, logits, configs)
+    logits = UpsampleProblem(1, 5, (3, 2), (9, 10), dtype, "cuda")
+    pyramid = replace(SMALL, in_size=(4, 3), dilation=(1, 1), padding=(1, 1))
+    found = interpret(interpreted.tuned_kinds, dtype, pyramid, logits, configs)
     assert {name.split()[0] for name in found} == set(configs)
     assert {" ".join(name.split()[2:4]) for name in found if name.startswith(("passes", "pooling"))} == {
         "sums vectors", "maps vectors", "pool average", "spread average",
