@@ -59,9 +59,8 @@ def test_every_kind_of_kernel_is_tuned_and_changes_with_its_configuration() -> N
         found.setdefault(task.kind, task)
     assert set(found) == set(NUMBERS)
     for kind, task in found.items():
-        candidates = tune.candidates(task, GPUS["h200"])
-        assert len(candidates) > 1, kind
-        assert {len(config) for config in candidates} == {0, NUMBERS[kind]}
+        others = list(tune._fitting(task, GPUS["h200"]))
+        assert {len(config) for config in others} == {NUMBERS[kind]}
 
         def blocks(config: launch_table.Config, task: tune.Task = task) -> list[Any]:
             with launch_table.use(task.kind, config):
@@ -69,7 +68,7 @@ def test_every_kind_of_kernel_is_tuned_and_changes_with_its_configuration() -> N
 
         plain = [(one.constants, one.num_warps, one.num_stages, one.grid) for one in task.calls[0].untouched()]
         assert blocks(launch_table.RULE) == plain
-        assert any(blocks(config) != plain for config in candidates), kind
+        assert any(blocks(config) != plain for config in others[:4]), kind
 
 
 @pytest.mark.parametrize("arguments", [[], ["--output", str(FOLDER / "gpu_h200.json")]])
