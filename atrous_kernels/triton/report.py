@@ -289,8 +289,7 @@ def compile_launch(launch: Launch, capability: int) -> Any:
             if value % 16 == 0 and specialized:
                 attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel.jitted, signature, constants, attributes)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
 
 
 def resources(cubin: bytes) -> dict[str, int]:
