@@ -9,13 +9,10 @@ import numpy as np
 from PIL import Image
 
 from segmodels.data import DATASETS, voc_colormap
-from segmodels.data.cityscapes import LABEL_IDS
 from segmodels.engine.checkpoints import atomic_write
 
 #: Number of classes of each kind of submission.
 CLASSES = {kind: len(DATASETS[kind].CLASSES) for kind in ("cityscapes", "ade20k", "voc")}
-#: Of Cityscapes: the server counts label ids, networks predict the 19 of them that are evaluated.
-CITYSCAPES_IDS = LABEL_IDS
 VOC_FOLDER = Path("results/VOC2012/Segmentation/comp6_test_cls")
 
 
