@@ -8,13 +8,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from segmodels.data.dataset import voc_colormap
+from segmodels.data import DATASETS, voc_colormap
 from segmodels.engine.checkpoints import atomic_write
 
 #: Number of classes of each kind of submission.
-CLASSES = {"cityscapes": 19, "ade20k": 150, "voc": 21}
-#: Of Cityscapes: the server counts label ids, networks predict the 19 of them that are evaluated.
-CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+CLASSES = {kind: len(DATASETS[kind].CLASSES) for kind in ("cityscapes", "ade20k", "voc")}
 VOC_FOLDER = Path("results/VOC2012/Segmentation/comp6_test_cls")
 
 
@@ -47,7 +45,9 @@ def write_submission(kind: str, folder: Path, stem: str, label: np.ndarray) -> P
         picture.putpalette(voc_colormap(256).ravel().tolist())
         path = folder / VOC_FOLDER / f"{stem}.png"
     else:
-        picture = Image.fromarray(np.array(CITYSCAPES_IDS, np.uint8)[label] if kind == "cityscapes" else label + np.uint8(1))
+        ids = DATASETS[kind].SUBMISSION_IDS
+        assert ids is not None
+        picture = Image.fromarray(ids[label])
         path = folder / f"{stem}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
