@@ -82,6 +82,8 @@ class StopRequest(AbstractContextManager["StopRequest"]):
 
 def say(text: str) -> None:
     """One line to the terminal or the log, at once."""
+    if console.quiet:
+        return
     if console.is_terminal:
         console.print(text, markup=False, highlight=False)
     else:
