@@ -160,6 +160,7 @@ class DistributedConfig:
         "ddp", "ddp: every process holds the network; fsdp: a share of weights, gradients and optimiser", choices=("ddp", "fsdp")
     )
     sync_bn: bool = _setting(False, "batch norm over the images of all processes instead of each one's own")
+    sync_bn_processes: int = _setting(0, "with sync_bn: so many neighbours share statistics, instead of all; 0: all", low=0)
     timeout: float = _setting(600.0, "seconds after which a process that waits for another gives up", above=0)
 
 

@@ -92,7 +92,6 @@ def train(config: Config, raw: dict[str, Any], work_dir: Path) -> int:
     elif config.run.resume:
         say(f"nothing to resume in {work_dir}: starting from the beginning")
     signum = trainer.run()
-    processes.wait()
     if signum is not None:
         say(f"stopped by signal {signum} at iteration {trainer.iteration}; wrote {last}; --resume continues")
         return 128 + signum

@@ -8,6 +8,7 @@ where workers prefetch, so a checkpoint taken after step ``k`` continues with ba
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -262,6 +263,9 @@ class ResumableLoader:
 
 def _quiet_worker(_: int) -> None:
     cv2.setNumThreads(0)  # workers are the parallelism; OpenCV's threads on top of them only fight for the cores
+    # Ctrl-C and torchrun reach the workers too, but the training process still wants what they hold when it stops cleanly.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def build_loader(

@@ -18,8 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from atrous_kernels import nn as kernels
@@ -44,13 +42,22 @@ class Processes:
         device: where its tensors are.
         mode: ``"ddp"`` or ``"fsdp"``.
         timeout: of the group, in seconds; for the messages.
+        sync_bn: batch norm takes its statistics over all processes, or over those of ``norm_group``.
     """
 
     def __init__(
-        self, rank: int = 0, world: int = 1, device: torch.device | None = None, mode: str = "ddp", timeout: float = 0.0
+        self,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | None = None,
+        mode: str = "ddp",
+        timeout: float = 0.0,
+        sync_bn: bool = False,
+        norm_group: Any = None,
     ) -> None:
         self.rank, self.world, self.timeout = rank, world, timeout
         self.device = device or torch.device("cpu")
+        self.sync_bn, self.norm_group = sync_bn, norm_group
         self.sharded = mode == "fsdp" and world > 1
         self._wrapped: Any = None
         self._twin: nn.Module | None = None
@@ -98,6 +105,12 @@ class Processes:
         root = _Logits(model)
         if self.sharded:
             self._twin = copy.deepcopy(model).cpu()
+        if self.sync_bn:
+            synchronise_batch_norm(model, self.norm_group)
+        if self.sharded:
+            from torch.distributed.fsdp import fully_shard  # slow to import
+
+            model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # the framework's condition
             mesh = dist.init_device_mesh(self.device.type, (self.world,))
             for unit in _units(model, self.device):
                 fully_shard(unit, mesh=mesh)
@@ -143,7 +156,9 @@ class Processes:
 
     def full(self, state: Any) -> Any:
         """Tensors in dictionaries and lists, whole where they are shared out; all processes have to ask for them."""
-        if isinstance(state, DTensor):
+        if not self.sharded:
+            return state
+        if hasattr(state, "full_tensor"):
             return state.full_tensor()
         if isinstance(state, dict):
             return {key: self.full(value) for key, value in state.items()}
@@ -221,6 +236,9 @@ def join(config: Config) -> Processes:
         raise ValueError(f"train.batch_size={train.batch_size} in {world} processes{parts}: expected a multiple of {least}")
     if settings.mode == "fsdp" and train.amp == "fp16":
         raise ValueError("train.amp=fp16 with distributed.mode=fsdp: expected bf16, or distributed.mode=ddp")
+    sharing = settings.sync_bn_processes
+    if sharing and world % sharing:
+        raise ValueError(f"distributed.sync_bn_processes={sharing} of {world} processes: expected a divisor of {world}")
     if settings.mode == "fsdp" and train.ema_decay:
         raise ValueError(f"train.ema_decay={train.ema_decay} with distributed.mode=fsdp: expected 0, or distributed.mode=ddp")
     if config.model.aux_loss and not train.aux_weight:
@@ -230,21 +248,22 @@ def join(config: Config) -> Processes:
     device = torch.device(config.run.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    processes = Processes(rank, world, device, settings.mode, settings.timeout)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():  # by the stage before
-        with processes.watching(lambda: "at the start"):
+        with Processes(rank, world, timeout=settings.timeout).watching(lambda: "at the start"):
             dist.init_process_group(backend, timeout=timedelta(seconds=settings.timeout))
-    return processes
+    group = dist.new_subgroups(sharing)[0] if settings.sync_bn and sharing else None
+    return Processes(rank, world, device, settings.mode, settings.timeout, settings.sync_bn, group)
 
 
-def synchronise_batch_norm(model: nn.Module) -> None:
-    """In place: from now on every batch norm takes its statistics over all processes."""
+def synchronise_batch_norm(model: nn.Module, group: Any = None) -> None:
+    """In place: from now on every batch norm takes its statistics over all processes, or over those of ``group``."""
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncBatchNorm2d
+            module.process_group = group
         elif isinstance(module, (kernels.ConvBNReLU, kernels.ASPP)):
-            module.sync = True
+            module.sync, module.process_group = True, group
 
 
 class _Logits(nn.Module):
@@ -260,6 +279,8 @@ class _Logits(nn.Module):
 
 def _like(share: Tensor, value: Any) -> Any:
     """This process's share of a whole tensor, shared out as ``share``; anything else as it is."""
+    from torch.distributed.tensor import DTensor, distribute_tensor  # slow to import
+
     if not (isinstance(share, DTensor) and isinstance(value, Tensor) and value.shape == share.shape):
         return value
     return distribute_tensor(value.to(share.device, share.dtype), share.device_mesh, share.placements)

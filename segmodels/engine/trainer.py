@@ -31,7 +31,7 @@ from segmodels.engine.checkpoints import (
     set_rng_state,
     write_json,
 )
-from segmodels.engine.distributed import Processes, synchronise_batch_norm
+from segmodels.engine.distributed import Processes
 from segmodels.engine.inference import evaluate_dataset
 from segmodels.engine.losses import build_loss, hard_fraction
 from segmodels.engine.optim import ModelEma, build_optimizer
@@ -91,8 +91,6 @@ class Trainer:
         settings = config.train
         self.layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         self.model = model.to(device).to(memory_format=self.layout)  # type: ignore[call-overload]
-        if config.distributed.sync_bn:
-            synchronise_batch_norm(model)
         self.ema = ModelEma(model, settings.ema_decay) if settings.ema_decay else None
         prepare_for_training(model, settings)
         if settings.checkpoint_blocks:
@@ -155,7 +153,7 @@ class Trainer:
         every = self.config.run.checkpoint_every
         self._last_time = time.monotonic()
         with (
-            StopRequest() as stop,
+            StopRequest(patient=self.processes.world > 1) as stop,
             Reporter("train", total, self.iteration, self.config.run.print_seconds) as reporter,
             atrous_kernels.backend(self.config.run.backend),
             self.processes.watching(lambda: f"iteration {self.iteration}"),
@@ -178,6 +176,7 @@ class Trainer:
                 if self._writer is not None:
                     self._writer.close()
             self.save()
+            self.processes.wait()
         return signum
 
     def save(self) -> None:

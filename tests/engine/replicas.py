@@ -15,7 +15,6 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from tiny import write_camvid
 
 from segmodels import train
@@ -55,22 +54,6 @@ def keep_half(rank: int) -> None:
             shutil.copy(self.work_dir / "last.pt", self.work_dir / "half.pt")
 
     Trainer.save = saving  # type: ignore[method-assign]
-
-
-def in_halves(rank: int) -> None:
-    """One process that normalises the halves of a batch apart, as two without exchange do."""
-    initialise = Trainer.__init__
-
-    def initialised(self: Trainer, *arguments: object) -> None:
-        initialise(self, *arguments)  # type: ignore[arg-type]
-
-        def logits(images: torch.Tensor) -> dict[str, torch.Tensor]:
-            halves = [self.model.logits(half) for half in images.chunk(2)]  # type: ignore[operator]
-            return {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
-
-        self._logits = logits
-
-    Trainer.__init__ = initialised  # type: ignore[method-assign]
 
 
 def stall(rank: int) -> None:
@@ -116,8 +99,10 @@ def run(folder: Path, name: str, world: int, more: list[str], prepare: Callable[
 
 CASES: dict[str, tuple[int, list[str], Callable[[int], None]]] = {
     **{f"sync{world}": (world, ["distributed.sync_bn=true"], keep_half if world == 1 else nothing) for world in (1, 2, 4)},
-    "apart1": (1, [], in_halves),
-    "apart2": (2, [], nothing),
+    "halves1": (1, ["train.accumulate=2"], nothing),
+    "quarters1": (1, ["train.accumulate=4"], nothing),
+    "quarters2": (2, ["train.accumulate=2"], nothing),
+    "pairs4": (4, ["distributed.sync_bn=true", "distributed.sync_bn_processes=2"], nothing),
     "fsdp2": (2, ["distributed.sync_bn=true", "distributed.mode=fsdp", "--resume"], nothing),
     "stall": (2, ["distributed.timeout=2"], stall),
 }

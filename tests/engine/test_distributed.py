@@ -78,11 +78,16 @@ def test_with_common_statistics_any_number_of_processes_is_one(runs, name: str) 
     assert not (runs / f"{name}.1.txt").read_text(), "one process talks"
 
 
-def test_with_statistics_of_their_own_two_processes_are_one_that_normalises_halves(runs) -> None:
-    """DeepLabv3, table 11: replicas, each with the batch norm of its own images."""
-    together, apart = finished(runs, "apart1")[1], finished(runs, "apart2")[1]
-    np.testing.assert_allclose(losses(apart), losses(together), **NEAR)
-    assert not np.allclose(losses(apart), losses(finished(runs, "sync1")[1]), rtol=1e-3), "batch norm does see another batch"
+def test_with_statistics_of_their_own_processes_are_parts_of_a_batch(runs) -> None:
+    """DeepLabv3, table 11: replicas, each with the batch norm of its own images, as one process that computes a batch in parts.
+
+    Two processes in two parts each exchange their gradients once, in the second part; of four processes, two and two share.
+    """
+    halves, quarters = (losses(finished(runs, name)[1]) for name in ("halves1", "quarters1"))
+    np.testing.assert_allclose(losses(finished(runs, "quarters2")[1]), quarters, **NEAR)
+    np.testing.assert_allclose(losses(finished(runs, "pairs4")[1]), halves, **NEAR)
+    assert_near(finished(runs, "quarters2")[0]["optimizer"], finished(runs, "quarters1")[0]["optimizer"])
+    assert not np.allclose(halves, losses(finished(runs, "sync1")[1]), rtol=1e-3), "batch norm does see another batch"
 
 
 def test_fsdp_continues_a_checkpoint_of_one_process_and_leaves_one(runs) -> None:
@@ -156,6 +161,8 @@ def test_what_cannot_be_shared_out_is_named(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("RANK", "0")
     for settings, message in (
         ([], "train.batch_size=8 in 3 processes: expected a multiple of 3"),
+        (["train.accumulate=3"], r"train.batch_size=9 in 3 processes and 3 parts \(train.accumulate\): expected a multiple of 9"),
+        (["distributed.sync_bn_processes=2"], "distributed.sync_bn_processes=2 of 3 processes: expected a divisor of 3"),
         (["train.ema_decay=0.9", "distributed.mode=fsdp"], "train.ema_decay=0.9 with distributed.mode=fsdp"),
         (["model.aux_loss=true", "train.aux_weight=0"], "train.aux_weight=0 with model.aux_loss=true"),
     ):
