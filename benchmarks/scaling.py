@@ -247,7 +247,7 @@ Milliseconds of a step of {most} processes, and what is left of {most} times one
 
 Assumed for GPUs: a training step reaches {TRAINING_SHARE:.0%} of the matrix peak in `atrous_kernels/gpus.py`; links reach
 {REACHED:.0%} of their data sheets ({_links()}); {LOADERS} loading cores per GPU, at the
-{1e3 * loading:.1f} ms per image of 513 x 513 that scaling, flipping and cropping took one core here (decoding not included)."""
+{1e3 * loading:.1f} ms that one core took here from a JPEG and a PNG of 375 x 500 to tensors of 513 x 513."""
 
 
 def _links() -> str:

@@ -17,7 +17,7 @@ from segmodels.config import Config, ConfigError, load_stages
 from segmodels.engine.build import build_dataset, build_model, build_train_set, prepare_runtime, write_out_published_options
 from segmodels.engine.checkpoints import load_checkpoint
 from segmodels.engine.cli import build_parser, flag_overrides, run_command, split_overrides
-from segmodels.engine.distributed import is_first, is_restart, join
+from segmodels.engine.distributed import check_training, is_first, is_restart, join
 from segmodels.engine.progress import console, say
 from segmodels.engine.trainer import Trainer
 
@@ -68,6 +68,7 @@ def train(config: Config, raw: dict[str, Any], work_dir: Path) -> int:
         work_dir: made where it is missing.
     """
     write_out_published_options(config, raw)
+    check_training(config)
     processes = join(config)
     # Not part of what was computed, and true only of this call: kept out of checkpoints and reports.
     for key in ("work_dir", "resume", "overwrite"):

@@ -42,7 +42,7 @@ class Processes:
         device: where its tensors are.
         mode: ``"ddp"`` or ``"fsdp"``.
         timeout: of the group, in seconds; for the messages.
-        sync_bn: batch norm takes its statistics over all processes, or over those of ``norm_group``.
+        sync_bn: batch norm takes its statistics over all processes, or over ``sharing`` neighbours.
     """
 
     def __init__(
@@ -53,11 +53,11 @@ class Processes:
         mode: str = "ddp",
         timeout: float = 0.0,
         sync_bn: bool = False,
-        norm_group: Any = None,
+        sharing: int = 0,
     ) -> None:
         self.rank, self.world, self.timeout = rank, world, timeout
         self.device = device or torch.device("cpu")
-        self.sync_bn, self.norm_group = sync_bn, norm_group
+        self.sync_bn, self.sharing = sync_bn, sharing
         self.sharded = mode == "fsdp" and world > 1
         self._wrapped: Any = None
         self._twin: nn.Module | None = None
@@ -106,7 +106,8 @@ class Processes:
         if self.sharded:
             self._twin = copy.deepcopy(model).cpu()
         if self.sync_bn:
-            synchronise_batch_norm(model, self.norm_group)
+            limit = timedelta(seconds=self.timeout)
+            synchronise_batch_norm(model, dist.new_subgroups(self.sharing, timeout=limit)[0] if self.sharing else None)
         if self.sharded:
             from torch.distributed.fsdp import fully_shard  # slow to import
 
@@ -220,16 +221,11 @@ def is_restart() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
-def join(config: Config) -> Processes:
-    """Meets the other processes that torchrun started; alone otherwise. ``run.device=cuda`` becomes this process's GPU.
-
-    Raises:
-        ValueError: a batch that cannot be shared out equally, or settings that do not go together.
-    """
-    world = int(os.environ.get("WORLD_SIZE", 1))
+def check_training(config: Config) -> None:
+    """Raises ValueError for a batch that cannot be shared out equally, and for settings that do not go together."""
+    world, settings, train = int(os.environ.get("WORLD_SIZE", 1)), config.distributed, config.train
     if world == 1:
-        return Processes()
-    rank, settings, train = int(os.environ["RANK"]), config.distributed, config.train
+        return
     least = world * train.accumulate
     if train.batch_size % least:
         parts = f" and {train.accumulate} parts (train.accumulate)" if train.accumulate > 1 else ""
@@ -243,17 +239,33 @@ def join(config: Config) -> Processes:
         raise ValueError(f"train.ema_decay={train.ema_decay} with distributed.mode=fsdp: expected 0, or distributed.mode=ddp")
     if config.model.aux_loss and not train.aux_weight:
         raise ValueError("train.aux_weight=0 with model.aux_loss=true in several processes: expected a weight, or aux_loss=false")
+
+
+def join(config: Config) -> Processes:
+    """Meets the other processes that torchrun started; alone otherwise. ``run.device=cuda`` becomes this process's GPU.
+
+    Raises:
+        ValueError: more processes than GPUs.
+        ProcessLost: the others did not come in time.
+    """
+    world, settings = int(os.environ.get("WORLD_SIZE", 1)), config.distributed
+    if world == 1:
+        return Processes()
+    rank = int(os.environ["RANK"])
     if config.run.device == "cuda":
         config.run.device = f"cuda:{os.environ['LOCAL_RANK']}"
     device = torch.device(config.run.device)
     if device.type == "cuda":
+        devices = torch.cuda.device_count()
+        if (device.index or 0) >= devices:
+            raise ValueError(f"run.device={config.run.device!r} of process {rank}: expected at most {devices} of them on a host "
+                             f"with {devices} CUDA devices")  # fmt: skip
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():  # by the stage before
         with Processes(rank, world, timeout=settings.timeout).watching(lambda: "at the start"):
             dist.init_process_group(backend, timeout=timedelta(seconds=settings.timeout))
-    group = dist.new_subgroups(sharing)[0] if settings.sync_bn and sharing else None
-    return Processes(rank, world, device, settings.mode, settings.timeout, settings.sync_bn, group)
+    return Processes(rank, world, device, settings.mode, settings.timeout, settings.sync_bn, settings.sync_bn_processes)
 
 
 def synchronise_batch_norm(model: nn.Module, group: Any = None) -> None:

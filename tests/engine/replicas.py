@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tiny import write_camvid
 
-from segmodels import train
+from segmodels import evaluate, train
 from segmodels.engine.cli import run_command
 from segmodels.engine.trainer import Trainer
 
@@ -81,8 +81,12 @@ def run(folder: Path, name: str, world: int, more: list[str], prepare: Callable[
         code = 1
         try:
             prepare(rank)
-            arguments = [*SETTINGS, f"data.root={folder / 'camvid'}", "--work-dir", str(folder / name), *more]
-            code = run_command(train.main, arguments)
+            if name == "evaluate2":
+                arguments = ["--checkpoint", str(folder / "sync1" / "last.pt"), "--output", str(folder / f"{name}.json")]
+                code = run_command(evaluate.main, arguments)
+            else:
+                arguments = [*SETTINGS, f"data.root={folder / 'camvid'}", "--work-dir", str(folder / name), *more]
+                code = run_command(train.main, arguments)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -104,6 +108,7 @@ CASES: dict[str, tuple[int, list[str], Callable[[int], None]]] = {
     "quarters2": (2, ["train.accumulate=2"], nothing),
     "pairs4": (4, ["distributed.sync_bn=true", "distributed.sync_bn_processes=2"], nothing),
     "fsdp2": (2, ["distributed.sync_bn=true", "distributed.mode=fsdp", "--resume"], nothing),
+    "evaluate2": (2, [], nothing),
     "stall": (2, ["distributed.timeout=2"], stall),
 }
 

@@ -90,6 +90,15 @@ def test_with_statistics_of_their_own_processes_are_parts_of_a_batch(runs) -> No
     assert not np.allclose(halves, losses(finished(runs, "sync1")[1]), rtol=1e-3), "batch norm does see another batch"
 
 
+def test_evaluation_is_shared_out(runs) -> None:
+    assert (runs / "evaluate2.code").read_text().startswith("0 "), (runs / "evaluate2.0.txt").read_text()
+    scores, metrics = json.loads((runs / "evaluate2.json").read_text()), finished(runs, "sync1")[1]
+    assert (scores["images"], scores["processes"]) == (3, 2)
+    # In float32: a pixel on the fence may fall to the other side.
+    assert np.sum(scores["confusion"]) == np.sum(metrics["confusion"])
+    assert np.abs(np.array(scores["confusion"]) - metrics["confusion"]).sum() <= 0.01 * np.sum(metrics["confusion"])
+
+
 def test_fsdp_continues_a_checkpoint_of_one_process_and_leaves_one(runs) -> None:
     state, metrics = finished(runs, "sync1")
     sharded_state, sharded = finished(runs, "fsdp2")
