@@ -197,10 +197,11 @@ def measured_block() -> str:
     checks = [[what, f"{1e3 * modelled:.3g}", f"{1e3 * real:.3g}", f"{modelled / real - 1:+.0%}"]
               for what, modelled, real in validation(result)]  # fmt: skip
     link = gloo(result).between
-    where = f"{machine['cpu']}, {machine['cores']} cores, torch {result['versions']['torch']}, commit `{result['commit'][:10]}`"
+    where = f"{machine['cpu']}, torch {result['versions']['torch']}, commit `{result['commit'][:10]}`"
+    cores = {1: "one core", 2: "two cores"}[result["cores_used"]]
     images = f"{step['images_per_process']} images of {step['size'][0]} x {step['size'][1]} per process"
     exchanged = f"{step['gradient_bytes'] / 1e6:.0f} MB of gradients, {len(step['norm_channels'])} batch norms"
-    return f"""{where}; two processes of one thread each, gloo over the loopback interface.
+    return f"""{where}; two processes of one thread each on {cores}, gloo over the loopback interface.
 {step["model"]}, {images}, {exchanged}; milliseconds of a step, median of {step["rounds"]} interleaved rounds (20th to 80th
 percentile):
 

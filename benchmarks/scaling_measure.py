@@ -1,8 +1,8 @@
 """``python -m benchmarks.scaling_measure``: what the model of scaling needs, measured with two processes of one thread each.
 
 Collectives of gloo over the loopback interface, and training steps: of one process alone, of two that do not exchange anything,
-of two that exchange gradients, and statistics of batch norm as well. Writes results/scaling_cpu.json. Takes about a minute; both
-cores should be free.
+of two that exchange gradients, and statistics of batch norm as well. Writes results/scaling_cpu.json. Takes about a minute; the
+two processes share the cores that this command may use, two if possible, and they should be free.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def main() -> None:
     torch.set_num_threads(1)
     content = {
         "machine": report.machine(), "versions": report.versions(), "commit": report.current_commit(),
-        "what": "medians of interleaved rounds, two processes of one thread each on two cores, gloo over the loopback interface",
+        "cores_used": len(os.sched_getaffinity(0)),
         **found, "loading_seconds_per_image": loading(), "networks": networks(),
     }  # fmt: skip
     write_json(PATH, content)
