@@ -113,9 +113,11 @@ class Processes:
 
             model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # the framework's condition
             mesh = dist.init_device_mesh(self.device.type, (self.world,))
-            for unit in _units(model, self.device):
-                fully_shard(unit, mesh=mesh)
-            self._wrapped = fully_shard(root, mesh=mesh)
+            for unit in (*_units(model, self.device), root):
+                sharded = fully_shard(unit, mesh=mesh)
+                if self.device.type == "cpu":  # gloo does not average
+                    sharded.set_force_sum_reduction_for_comms(True)
+            self._wrapped = root
         else:
             # Running statistics are not exchanged: in training nothing reads them, and those of rank 0 are kept.
             device_ids = [self.device.index] if self.device.type == "cuda" else None
