@@ -5,16 +5,22 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import scaling
+from benchmarks.report import RESULTS
 
 LINK, SLOW = scaling.Link(1e9, 1e-6), scaling.Link(1e8, 1e-5)
 TWO_LEVELS = scaling.Cluster("test", 4, LINK, SLOW, True, 1)
 STEP = scaling.Step(1.0, 2.0, 0.0, 100 << 20, (64, 128), 4)
+measured = pytest.mark.skipif(
+    not (RESULTS / "scaling_cpu.json").is_file(), reason="not measured yet: python -m benchmarks.scaling_measure"
+)
 
 
+@measured
 def test_the_page_says_what_the_results_say() -> None:
     assert scaling.main(["--check"]) == 0
 
 
+@measured
 def test_two_processes_behave_as_modelled() -> None:
     """Of the measured numbers only the smallest and the largest message and the step without exchange go into the model."""
     for what, modelled, measured in scaling.validation(scaling.measured()):
