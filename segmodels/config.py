@@ -153,6 +153,18 @@ class WeakConfig:
 
 
 @dataclass
+class DistributedConfig:
+    """Several processes, started by torchrun; see docs/scaling.md. train.batch_size is that of all of them together."""
+
+    mode: str = _setting(
+        "ddp", "ddp: every process holds the network; fsdp: a share of weights, gradients and optimiser", choices=("ddp", "fsdp")
+    )
+    sync_bn: bool = _setting(False, "batch norm over the images of all processes instead of each one's own")
+    sync_bn_processes: int = _setting(0, "with sync_bn: so many neighbours share statistics, instead of all; 0: all", low=0)
+    timeout: float = _setting(600.0, "seconds after which a process that waits for another gives up", above=0)
+
+
+@dataclass
 class EvalConfig:
     """Validation, ``evaluate`` and ``predict``."""
 
@@ -209,13 +221,14 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     weak: WeakConfig = field(default_factory=WeakConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 
 SECTIONS: dict[str, type] = {
-    "data": DataConfig, "model": ModelConfig, "train": TrainConfig, "weak": WeakConfig, "eval": EvalConfig,
-    "run": RunConfig,
+    "data": DataConfig, "model": ModelConfig, "train": TrainConfig, "weak": WeakConfig,
+    "distributed": DistributedConfig, "eval": EvalConfig, "run": RunConfig,
 }  # fmt: skip
 
 

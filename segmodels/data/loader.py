@@ -8,6 +8,7 @@ where workers prefetch, so a checkpoint taken after step ``k`` continues with ba
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -135,8 +136,26 @@ class ResumableSampler(Sampler[tuple[int, int]]):
             raise ValueError(f"{length} items give no batch of {batch_size} with drop_last={drop_last}; expected one or more")
         self.length, self.seed, self.shuffle = length, seed, shuffle
         self.batch_size, self.drop_last, self.epoch_size = batch_size, drop_last, size
+        self.parts: tuple[int, ...] = (batch_size,)  # sizes of the kinds of items in a batch, one behind the other
+        self.world = 1
+        self._mine = np.ones(batch_size, bool)
         self.epoch = 0
         self.position = 0
+
+    def split(self, rank: int, world: int) -> None:
+        """From now on, yields what process ``rank`` of ``world`` computes: of every batch, an equal share of each part.
+
+        Length, position and state go on counting whole batches, so the order, and a state, hold for any number of processes.
+
+        Raises:
+            ValueError: a batch that cannot be shared out equally.
+        """
+        if any(part % world for part in self.parts) or (world > 1 and not self.drop_last):
+            shown = " + ".join(map(str, self.parts))
+            raise ValueError(f"batches of {shown} images in {world} processes: expected multiples of {world}, and full batches")
+        self.world = world
+        owner = np.concatenate([np.arange(part) * world // part for part in self.parts])
+        self._mine = owner == rank
 
     def __len__(self) -> int:
         """Samples left in this epoch."""
@@ -144,8 +163,17 @@ class ResumableSampler(Sampler[tuple[int, int]]):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch = self.epoch
-        for index in self.order(epoch)[self.position :]:
+        for index in self.order(epoch)[self._places()]:
             yield epoch, int(index)
+
+    def next_batch(self) -> np.ndarray:
+        """The indices that come next: this process's share of a batch."""
+        return self.order(self.epoch)[self._places()[: self.batch_size // self.world]]
+
+    def _places(self) -> np.ndarray:
+        """Places in this epoch's order, from the current position on, of what this process computes."""
+        places = np.arange(self.position, self.epoch_size)
+        return places[self._mine[places % self.batch_size]]
 
     def order(self, epoch: int) -> np.ndarray:
         """The indices of an epoch, int64 ``[epoch_size]``."""
@@ -195,7 +223,7 @@ class ResumableLoader:
             dataset.preload()
         self._loader = DataLoader(
             dataset,
-            batch_size=sampler.batch_size,
+            batch_size=sampler.batch_size // sampler.world,
             sampler=sampler,
             num_workers=workers,
             pin_memory=pin_memory,
@@ -210,7 +238,7 @@ class ResumableLoader:
     def __iter__(self) -> Iterator[Tensors]:
         try:
             for image, label in self._loader:
-                self.sampler.advance(len(image))
+                self.sampler.advance(len(image) * self.sampler.world)
                 yield image, label
         except DataError as error:
             # A worker wraps the message in a traceback of its own; its last paragraph is the message.
@@ -235,6 +263,9 @@ class ResumableLoader:
 
 def _quiet_worker(_: int) -> None:
     cv2.setNumThreads(0)  # workers are the parallelism; OpenCV's threads on top of them only fight for the cores
+    # Ctrl-C and torchrun reach the workers too, but the training process still wants what they hold when it stops cleanly.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def build_loader(
@@ -252,6 +283,8 @@ def build_loader(
     std: Sequence[float] = IMAGENET_STD,
     sampler: ResumableSampler | None = None,
     max_skipped: float = 0.0,
+    rank: int = 0,
+    world: int = 1,
 ) -> ResumableLoader:
     """A resumable loader of ``(image float32 [N, 3, H, W], label int64 [N, H, W])`` batches.
 
@@ -266,8 +299,10 @@ def build_loader(
         mean, std: of the normalisation.
         sampler: another order, with a batch size of its own; ``batch_size``, ``shuffle`` and ``drop_last`` then have no effect.
         max_skipped: see :class:`TransformedDataset`.
+        rank, world: of several processes, each of which loads its share of every batch (:meth:`ResumableSampler.split`).
     """
     transformed = TransformedDataset(dataset, transforms, seed, mean, std, cache, max_skipped)
     if sampler is None:
         sampler = ResumableSampler(len(dataset), seed=seed, shuffle=shuffle, batch_size=batch_size, drop_last=drop_last)
+    sampler.split(rank, world)
     return ResumableLoader(transformed, sampler, workers=workers, pin_memory=pin_memory)
