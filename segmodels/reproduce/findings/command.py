@@ -1,0 +1,137 @@
+"""``python -m segmodels.reproduce findings list | run | report``: which findings of the papers hold on small networks.
+
+``list`` shows findings, arms and how many seeds are done; ``run`` trains what is missing, as much as fits into ``--budget``;
+``report`` writes the tables, plots and the page from the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from segmodels.config import ConfigError
+from segmodels.engine.progress import console, say
+from segmodels.reproduce.findings.arms import ARMS
+from segmodels.reproduce.findings.definitions import FINDINGS
+from segmodels.reproduce.findings.experiment import ROWS, RUNS, Interrupted, checkpoint_path, load_rows, needed, run
+
+SEEDS = 3
+
+
+def main(arguments: list[str]) -> int:
+    """The command; returns its exit code. Raises ConfigError for what does not exist, and what a run raises."""
+    parser = argparse.ArgumentParser(
+        prog="python -m segmodels.reproduce findings", description=(__doc__ or "").strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (("list", "findings and arms"), ("run", "train what is missing"), ("report", "tables, plots and the page")):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--rows", type=Path, default=ROWS, metavar="DIR", help="results, one file per run")
+        command.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help=f"checkpoints and pictures ({RUNS})")
+        if name == "run":
+            command.add_argument("--only", action="append", metavar="NAME", help="a finding or an arm; may be repeated")
+            command.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help=f"seeds 0 to N - 1 ({SEEDS})")
+            command.add_argument("--budget", type=minutes, metavar="120m", help="begin no run that would end later")
+        if name == "report":
+            command.add_argument("--pictures", action="store_true", help="predict with the checkpoints, for overlays and failures")
+            command.add_argument("--check", action="store_true", help="write nothing; fail where the document is not the rows'")
+    flags = parser.parse_args(arguments)
+    if flags.command == "list":
+        show(flags.rows)
+        return 0
+    if flags.command == "run":
+        return run_missing(flags)
+    from segmodels.reproduce.findings import report  # imports matplotlib
+
+    return report.main(flags.rows, flags.runs, pictures=flags.pictures, check=flags.check)
+
+
+def minutes(text: str) -> float:
+    """Seconds of "120m", "2h" or "90s"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number and s, m or h, for example 120m")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def show(folder: Path) -> None:
+    """Prints every arm under its first finding, with its score and number of seeds."""
+    rows = load_rows(folder)
+    table = Table("finding", "arm", "what", "published", "seeds", "mIoU")
+    for name, finding in FINDINGS.items():
+        for arm, published in finding.arms.items():
+            scores = [row["miou"] for (other, _), row in rows.items() if other == arm]
+            mean = f"{100 * statistics.fmean(scores):.1f}" if scores else ""
+            table.add_row(name, arm, ARMS[arm].text, "" if published is None else f"{published}", str(len(scores)), mean)
+            name = ""
+    console.print(table)
+
+
+def pending(rows: dict[tuple[str, int], dict[str, Any]], arms: Iterable[str], seeds: int) -> list[tuple[str, int]]:
+    """Runs without a row, in the order to do them: all arms of a seed before the next seed, the cheapest first, but what an arm
+    needs before it and its evaluations right behind it."""
+    seconds = {arm: estimate(rows, arm) for arm in arms}
+    order = sorted((arm for arm in seconds if ARMS[arm].evaluates is None), key=lambda arm: (depth(arm), seconds[arm], arm))
+    behind = {arm: [other for other in seconds if ARMS[other].evaluates == arm] for arm in ARMS}
+    order = [one for arm in order for one in (arm, *behind[arm])]
+    order += [arm for arm in seconds if arm not in order]
+    return [(arm, seed) for seed in range(seeds) for arm in order if (arm, seed) not in rows]
+
+
+def depth(arm: str) -> int:
+    """Number of trainings before it."""
+    parent = needed(ARMS[arm])
+    return 0 if parent is None else 1 + depth(parent)
+
+
+def estimate(rows: dict[tuple[str, int], dict[str, Any]], arm: str) -> float:
+    """Seconds of a run: of the arm with other seeds, otherwise of the arm that it is like or of all."""
+    for arms in ({arm}, {other for other in ARMS if (ARMS[other].evaluates is None) == (ARMS[arm].evaluates is None)}):
+        known = [row["seconds"] for (other, _), row in rows.items() if other in arms]
+        if known:
+            return statistics.median(known)
+    return 30.0
+
+
+def selected(only: list[str] | None) -> list[str]:
+    """Arms of the named findings and arms, in the order of their definition; of all findings without names.
+
+    Raises:
+        ConfigError: a name that is neither.
+    """
+    chosen: set[str] = set()
+    for name in only or FINDINGS:
+        if name not in FINDINGS and name not in ARMS:
+            raise ConfigError(f"--only {name!r}: expected a finding ({', '.join(FINDINGS)}) or an arm ({', '.join(ARMS)})")
+        chosen |= set(FINDINGS[name].arms) if name in FINDINGS else {name}
+    return [arm for arm in ARMS if arm in chosen]
+
+
+def run_missing(flags: argparse.Namespace) -> int:
+    """Runs until nothing is missing or the budget is spent; what is finished stays."""
+    end = time.monotonic() + flags.budget if flags.budget is not None else float("inf")
+    rows = load_rows(flags.rows)
+    todo = pending(rows, selected(flags.only), flags.seeds)
+    for count, (arm, seed) in enumerate(todo):
+        if time.monotonic() + estimate(rows, arm) > end:
+            say(f"budget spent: {len(todo) - count} runs are missing")
+            return 0
+        try:
+            parent = needed(ARMS[arm])
+            if parent is not None and not checkpoint_path(parent, seed, flags.runs).is_file():
+                rows[parent, seed] = run(parent, seed, flags.rows, flags.runs)  # finished elsewhere: its weights are not committed
+            rows[arm, seed] = row = run(arm, seed, flags.rows, flags.runs)
+        except Interrupted as stop:
+            return stop.code
+        say(f"{arm} seed {seed}: mIoU {row['miou']:.2%} in {row['seconds']:.0f} s ({count + 1} of {len(todo)})")
+    say(f"{len(rows)} rows in {flags.rows}, none is missing" if todo else "nothing is missing")
+    return 0
