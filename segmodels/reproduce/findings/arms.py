@@ -58,7 +58,7 @@ SCENES: Sections = {
     "data": {
         "name": "synthetic", "options": {"size": 96, "length": 800}, "crop": [96, 96], "scale": [1.0, 1.0], "cache": False,
     },
-    "train": {"iterations": 300, "batch_size": 8, "lr": 0.05, "nesterov": True, "warmup_iterations": 20},
+    "train": {"iterations": 300, "batch_size": 8, "lr": 0.1, "nesterov": True, "warmup_iterations": 20},
     "eval": {"limit": 200, "sheet": 0},
     "run": {"threads": 1, "checkpoint_every": 0, "tensorboard": False, "print_seconds": 1000.0},
 }  # fmt: skip
@@ -73,7 +73,7 @@ CAMVID: Sections = {
 }  # fmt: skip
 NARROW = {"width_mult": 0.25}
 
-_V3 = {**NARROW, "head_channels": 32, "head_conv": False, "dropout": 0.0, "rates": [1, 2, 3], "multi_grid": [1, 2]}
+_V3 = {**NARROW, "head_channels": 64, "head_conv": False, "dropout": 0.0, "rates": [1, 2, 3], "multi_grid": [1, 2]}
 _PSP = {**NARROW, "stem": "conv7", "head_channels": 32}
 
 
@@ -123,6 +123,7 @@ ARMS: dict[str, Arm] = {
     "psp_max_reduced": _psp("bins 1, 2, 3, 6, maximum, reduction", mode="max"),
     "psp_average_reduced": _psp("bins 1, 2, 3, 6, average, reduction"),
 }  # fmt: skip
+ARMS["v3_hard_classes"] = _v3("scenes with tents or poles twice per epoch", 16, {"data": {"hard_classes": ["tent", "pole"]}})
 _FEW: Sections = {"data": {"options": {"length": 200}}}
 ARMS["few_plain"] = _fcn("200 scenes as they are", _FEW, {"data": {"flip": 0.0}})
 ARMS["few_augmented"] = _fcn("200 scenes, scaled and mirrored", _FEW, {"data": {"scale": [0.75, 1.33]}})
@@ -136,3 +137,59 @@ ARMS |= {
     "v3_os32_eval16": _evaluated("trained at 32, evaluated at 16", "v3_os32", ARMS, output_stride=16),
     "v3_os32_eval8": _evaluated("trained at 32, evaluated at 8", "v3_os32", ARMS, output_stride=8),
 }  # fmt: skip
+
+#: layers without batch norm take half the rate
+_GENTLE: Sections = {"train": {"lr": 0.05}}
+_FOV = {**NARROW, "fc_channels": 64, "dropout": 0.1}
+
+
+def _v1(text: str, kernel: int, rate: int) -> Arm:
+    return Arm(text, merged(SCENES, model("deeplabv1_resnet18", **_FOV, fc_kernel=kernel, fc_rate=rate), _GENTLE))
+
+
+def _v2(text: str, rates: list[int], *more: Sections) -> Arm:
+    options = {**NARROW, "rates": rates, "freeze_batch_norm": False}
+    return Arm(text, merged(SCENES, model("deeplabv2_resnet18", **options), _GENTLE, *more))
+
+
+def _scales(text: str, fusion: str, supervised: bool) -> Arm:
+    options = {**_FOV, "fc_rate": 3, "attention_channels": 32, "scales": [1, 0.5], "fusion": fusion}
+    return Arm(text, merged(SCENES, model("attentiontoscale_resnet18", **options, extra_supervision=supervised), _GENTLE))
+
+
+def _context(text: str, **options: Any) -> Arm:
+    first = {"model": {"weights_skip": ["classifier.context"]}, "train": {"freeze": ["backbone", "classifier.final"]}}
+    short = train(iterations=150, lr=0.02)
+    settings = merged(SCENES, model("dilation8_resnet18", **NARROW, pad_first=False, **options), first, short)
+    return Arm(text, settings, start="front_end")
+
+
+def _camvid(text: str, **values: Any) -> Arm:
+    network = model("deeplabv3_efficientnet_lite0", 16, head_channels=64, head_conv=False, dropout=0.1, rates=[2, 3, 5])
+    return Arm(text, merged(CAMVID, network, {"model": {"weights_backbone": "imagenet"}}, train(**values)))
+
+
+ARMS |= {
+    "fcn32s": Arm("FCN-32s", merged(SCENES, model("fcn32s_resnet18", 32, **NARROW))),
+    "fcn16s": Arm("FCN-16s", merged(SCENES, model("fcn16s_resnet18", 32, **NARROW))),
+    "fcn8s": Arm("FCN-8s", merged(SCENES, model("fcn8s_resnet18", 32, **NARROW))),
+    "front_end": Arm("front end", merged(SCENES, model("frontend_resnet18", **NARROW))),
+    "context_basic": _context("front end and Basic context", context="basic"),
+    "context_large": _context("front end and Large context", context="large"),
+    "context_random": _context("Basic context, random initialisation", context="basic", identity=False),
+    "fov_4x4": _v1("4 x 4, rate 1", 4, 1),
+    "fov_7x7": _v1("7 x 7, rate 1", 7, 1),
+    "fov_large": _v1("LargeFOV: 3 x 3, rate 3", 3, 3),
+    "v2_large_fov": _v2("LargeFOV: rate 3, poly", [3]),
+    "v2_step": _v2("LargeFOV: rate 3, step", [3], train(schedule="step", steps=[200])),
+    "v2_aspp_small": _v2("ASPP, rates 1, 1, 2, 3", [1, 1, 2, 3]),
+    "v2_aspp_large": _v2("ASPP, rates 2, 3, 5, 6", [2, 3, 5, 6]),
+    "scales_max": _scales("two scales, maximum", "max", False),
+    "scales_average": _scales("two scales, average", "average", False),
+    "scales_attention": _scales("two scales, attention", "attention", False),
+    "scales_max_supervised": _scales("maximum, each scale supervised", "max", True),
+    "scales_average_supervised": _scales("average, each scale supervised", "average", True),
+    "scales_attention_supervised": _scales("attention, each scale supervised", "attention", True),
+    "camvid_norm": _camvid("batch norm trained"),
+    "camvid_frozen_norm": _camvid("batch norm frozen", freeze_norm=True),
+}

@@ -17,7 +17,9 @@ from typing import Any
 from rich.table import Table
 
 from segmodels.config import ConfigError
-from segmodels.engine.progress import console, say
+from segmodels.engine.checkpoints import CheckpointError
+from segmodels.engine.progress import complain, console, say
+from segmodels.engine.trainer import TrainingError
 from segmodels.reproduce.findings.arms import ARMS
 from segmodels.reproduce.findings.definitions import FINDINGS
 from segmodels.reproduce.findings.experiment import ROWS, RUNS, Interrupted, checkpoint_path, load_rows, needed, run
@@ -33,17 +35,18 @@ def main(arguments: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("list", "findings and arms"), ("run", "train what is missing"), ("report", "tables, plots and the page")):
+    texts = {"list": "findings and arms", "run": "train what is missing", "report": "tables, plots and the page"}
+    for name, text in texts.items():
         command = commands.add_parser(name, help=text)
         command.add_argument("--rows", type=Path, default=ROWS, metavar="DIR", help="results, one file per run")
-        command.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help=f"checkpoints and pictures ({RUNS})")
+        command.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help=f"checkpoints, the page ({RUNS})")
         if name == "run":
             command.add_argument("--only", action="append", metavar="NAME", help="a finding or an arm; may be repeated")
             command.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help=f"seeds 0 to N - 1 ({SEEDS})")
-            command.add_argument("--budget", type=minutes, metavar="120m", help="begin no run that would end later")
+            command.add_argument("--budget", type=seconds_of, metavar="120m", help="begin no run that would end later")
         if name == "report":
-            command.add_argument("--pictures", action="store_true", help="predict with the checkpoints, for overlays and failures")
-            command.add_argument("--check", action="store_true", help="write nothing; fail where the document is not the rows'")
+            command.add_argument("--pictures", action="store_true", help="predict with the checkpoints: overlays and failures")
+            command.add_argument("--check", action="store_true", help="write nothing; fail where the document differs")
     flags = parser.parse_args(arguments)
     if flags.command == "list":
         show(flags.rows)
@@ -55,7 +58,7 @@ def main(arguments: list[str]) -> int:
     return report.main(flags.rows, flags.runs, pictures=flags.pictures, check=flags.check)
 
 
-def minutes(text: str) -> float:
+def seconds_of(text: str) -> float:
     """Seconds of "120m", "2h" or "90s"."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
     if match is None:
@@ -103,7 +106,7 @@ def estimate(rows: dict[tuple[str, int], dict[str, Any]], arm: str) -> float:
 
 
 def selected(only: list[str] | None) -> list[str]:
-    """Arms of the named findings and arms, in the order of their definition; of all findings without names.
+    """Arms of the named findings and arms with those they need, in the order of their definition; of all findings without names.
 
     Raises:
         ConfigError: a name that is neither.
@@ -112,15 +115,17 @@ def selected(only: list[str] | None) -> list[str]:
     for name in only or FINDINGS:
         if name not in FINDINGS and name not in ARMS:
             raise ConfigError(f"--only {name!r}: expected a finding ({', '.join(FINDINGS)}) or an arm ({', '.join(ARMS)})")
-        chosen |= set(FINDINGS[name].arms) if name in FINDINGS else {name}
+        arms = list(FINDINGS[name].arms) if name in FINDINGS else [name]
+        chosen.update(arms, (parent for parent in map(needed, map(ARMS.__getitem__, arms)) if parent is not None))
     return [arm for arm in ARMS if arm in chosen]
 
 
 def run_missing(flags: argparse.Namespace) -> int:
-    """Runs until nothing is missing or the budget is spent; what is finished stays."""
+    """Runs until nothing is missing or the budget is spent; what is finished stays. Returns 1 where a run failed."""
     end = time.monotonic() + flags.budget if flags.budget is not None else float("inf")
     rows = load_rows(flags.rows)
     todo = pending(rows, selected(flags.only), flags.seeds)
+    failed = 0
     for count, (arm, seed) in enumerate(todo):
         if time.monotonic() + estimate(rows, arm) > end:
             say(f"budget spent: {len(todo) - count} runs are missing")
@@ -128,10 +133,15 @@ def run_missing(flags: argparse.Namespace) -> int:
         try:
             parent = needed(ARMS[arm])
             if parent is not None and not checkpoint_path(parent, seed, flags.runs).is_file():
-                rows[parent, seed] = run(parent, seed, flags.rows, flags.runs)  # finished elsewhere: its weights are not committed
+                # Finished elsewhere: a row is committed, its weights are not.
+                rows[parent, seed] = run(parent, seed, flags.rows, flags.runs)
             rows[arm, seed] = row = run(arm, seed, flags.rows, flags.runs)
         except Interrupted as stop:
             return stop.code
+        except (TrainingError, CheckpointError, ValueError, OSError) as error:  # of one arm: the others can go on
+            complain(f"error: {arm} seed {seed}: {error}")
+            failed += 1
+            continue
         say(f"{arm} seed {seed}: mIoU {row['miou']:.2%} in {row['seconds']:.0f} s ({count + 1} of {len(todo)})")
-    say(f"{len(rows)} rows in {flags.rows}, none is missing" if todo else "nothing is missing")
-    return 0
+    say(f"{failed} runs failed" if failed else f"{len(rows)} rows in {flags.rows}, none is missing")
+    return 1 if failed else 0

@@ -58,7 +58,8 @@ FINDINGS: dict[str, Finding] = {
         (("v3_grid", "v3_plain"), ("v3_grid", "v3_rate4"), ("v3", "v3_grid")),
     ),
     "inference": Finding(
-        "Inference strategy", V3, "table 6 (table 4 alike)", "each of a smaller output stride, several scales and mirroring helps",
+        "Inference strategy", V3, "table 6 (table 4 alike)",
+        "a smaller output stride, several scales and mirroring help, each on top of the others",
         {"v3": 77.21, "v3_eval8": 78.51, "v3_eval8_scales": 79.45, "v3_eval8_scales_flip": 79.77},
         (("v3_eval8", "v3"), ("v3_eval8_scales", "v3_eval8"), ("v3_eval8_scales_flip", "v3_eval8_scales")),
         differs="scales 0.75 to 1.25 in place of 0.5 to 1.75",
@@ -79,7 +80,8 @@ FINDINGS: dict[str, Finding] = {
     "train_eval_stride": Finding(
         "Output stride in training and evaluation", V3, "table 10",
         "training at 16 and evaluating at 8 is best; training at 8 and evaluating at 16 loses",
-        {"v3_os8_eval16": 74.45, "v3": 77.21, "v3_os32_eval16": 75.90, "v3_os8": 75.62, "v3_eval8": 78.51, "v3_os32_eval8": 75.75},
+        {"v3_os8_eval16": 74.45, "v3": 77.21, "v3_os32_eval16": 75.90, "v3_os8": 75.62, "v3_eval8": 78.51,
+         "v3_os32_eval8": 75.75},
         (("v3_eval8", "v3"), ("v3", "v3_os32_eval16"), ("v3_os8", "v3_os8_eval16"), ("v3_eval8", "v3_os8"),
          ("v3_eval8", "v3_os32_eval8")),
     ),
@@ -99,6 +101,58 @@ FINDINGS: dict[str, Finding] = {
         "Augmentation", PSP, "table 4", "random scales and mirroring help",
         {"few_plain": 34.28, "few_augmented": 35.82}, (("few_augmented", "few_plain"),),
         differs="a training set small enough to be learned by heart; no rotation or blur",
+    ),
+    "norm": Finding(
+        "Training batch norm", V3, "table 8", "batch norm should be trained too",
+        {"camvid_norm": 77.21, "camvid_frozen_norm": 75.95}, (("camvid_norm", "camvid_frozen_norm"),),
+        differs="EfficientNet-Lite0 with ImageNet weights on CamVid at a quarter of its size; frozen in the head as well",
+    ),
+    "hard_classes": Finding(
+        "Bootstrapping hard classes", V3, "section 4.2", "duplicating images of hard classes helps these classes",
+        {"v3": None, "v3_hard_classes": None}, (("v3_hard_classes", "v3"),),
+        metric=("tent", "pole"),
+    ),
+    "skips": Finding(
+        "32s, 16s, 8s", FCN, "table 2", "each finer skip helps",
+        {"fcn32s": 59.4, "fcn16s": 62.4, "fcn8s": 62.7}, (("fcn16s", "fcn32s"), ("fcn8s", "fcn16s")),
+        differs="each trained at once, not from the coarser one",
+    ),
+    "context": Finding(
+        "Basic and Large context", DILATED, "table 3", "a context module behind a finished front end helps, and Large more",
+        {"front_end": 69.8, "context_basic": 71.3, "context_large": 72.1},
+        (("context_basic", "front_end"), ("context_large", "context_basic")),
+        differs="zeros at each layer of the Large context",
+    ),
+    "identity": Finding(
+        "Identity against random initialisation", DILATED, "section 3", "a randomly initialised context module does not train",
+        {"context_basic": None, "context_random": None}, (("context_basic", "context_random"),),
+    ),
+    "field_of_view": Finding(
+        "Field of view of fc6", V1, "table 1", "a larger field of view helps, whether its kernel is dense or has holes",
+        {"fov_4x4": 59.80, "fov_7x7": 64.38, "fov_large": 62.25}, (("fov_7x7", "fov_4x4"), ("fov_large", "fov_4x4")),
+        differs="before the CRF, as there; fields of view in proportion to the map",
+    ),
+    "schedule": Finding(
+        "Poly against step", V2, "table 2", "poly trains better in equally many iterations",
+        {"v2_step": 62.25, "v2_large_fov": 63.42}, (("v2_large_fov", "v2_step"),),
+        differs="one step, after two thirds",
+    ),
+    "aspp_large_fov": Finding(
+        "ASPP against LargeFOV", V2, "table 3", "several rates beat one, large ones more",
+        {"v2_large_fov": 65.76, "v2_aspp_small": 66.98, "v2_aspp_large": 68.96},
+        (("v2_aspp_small", "v2_large_fov"), ("v2_aspp_large", "v2_aspp_small")),
+    ),
+    "scale_fusion": Finding(
+        "Fusing scales", SCALE, "VOC val, scales 1 and 0.5", "two scales beat one; attention beats average and maximum",
+        {"fov_large": 62.28, "scales_max": 64.81, "scales_average": 64.86, "scales_attention": 65.27},
+        (("scales_max", "fov_large"), ("scales_attention", "scales_average"), ("scales_attention", "scales_max")),
+    ),
+    "scale_supervision": Finding(
+        "Supervising each scale", SCALE, "VOC val, scales 1 and 0.5", "extra supervision helps every fusion",
+        {"scales_max": 64.81, "scales_max_supervised": 67.43, "scales_average": 64.86, "scales_average_supervised": 67.79,
+         "scales_attention": 65.27, "scales_attention_supervised": 68.24},
+        (("scales_max_supervised", "scales_max"), ("scales_average_supervised", "scales_average"),
+         ("scales_attention_supervised", "scales_attention")),
     ),
 }  # fmt: skip
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import atrous_kernels
 from segmodels.config import Config, load_config
@@ -40,10 +39,7 @@ class InMemory(SegmentationDataset):
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         if index not in self._items:
-            image, label = self.dataset[index]
-            # A transform that writes in place would spoil the runs to come; make it fail instead.
-            image.flags.writeable = label.flags.writeable = False
-            self._items[index] = image, label
+            self._items[index] = self.dataset[index]
         return self._items[index]
 
     def name(self, index: int) -> str:
@@ -119,6 +115,11 @@ def settings_of(name: str, seed: int, runs: Path = RUNS) -> tuple[Config, dict[s
     return load_config({section: dict(values) for section, values in arm.settings.items()}, overrides)
 
 
+def evaluation_overrides(arm: Arm) -> list[str]:
+    """What an arm that evaluates another's network sets in its place."""
+    return [f"eval.{key}={json.dumps(value)}" for key, value in arm.settings["eval"].items()]
+
+
 def validation_set(config: Config) -> SegmentationDataset:
     """The validation split, kept in memory."""
     return _validation_set(json.dumps([config.data.name, config.data.root, config.data.val_split, config.data.options]))
@@ -140,13 +141,13 @@ def _train(arm: Arm, name: str, seed: int, runs: Path) -> dict[str, Any]:
         raise Interrupted(signum)
     metrics = json.loads((folder / "metrics.json").read_text())
     kept = ("parameters", "train_seconds", "images", "miou", "pixel_accuracy", "mean_accuracy", "fwiou", "iou")
-    return {**{key: metrics[key] for key in kept}, "loss": [[p["iteration"], round(p["loss"], 4)] for p in metrics["curve"]["train"]]}
+    curve = [[point["iteration"], round(point["loss"], 4)] for point in metrics["curve"]["train"]]
+    return {**{key: metrics[key] for key in kept}, "loss": curve}
 
 
 def _evaluate(arm: Arm, seed: int, runs: Path) -> dict[str, Any]:
     assert arm.evaluates is not None
-    given = [f"eval.{key}={json.dumps(value)}" for key, value in arm.settings["eval"].items()]
-    model, config, _, _ = load_trained(str(checkpoint_path(arm.evaluates, seed, runs)), None, given)
+    model, config, _, _ = load_trained(str(checkpoint_path(arm.evaluates, seed, runs)), None, evaluation_overrides(arm))
     device = prepare_runtime(config)
     dataset = validation_set(config)
     with atrous_kernels.backend(config.run.backend):
