@@ -47,8 +47,8 @@ def write(folder: Path, found: dict[str, Result], rows: Rows, runs: Path | None)
         plots.learning_curves(folder / f"{name}_loss.png", result, rows)
         pictures = runs is not None and _pictures(folder, name, result, runs, predictors)
         parts.append(_part(name, result, pictures))
-    text = f"<!doctype html><html lang=en><meta charset=utf-8><title>Findings</title><style>{STYLE}</style>{''.join(parts)}</html>\n"
-    atomic_write(folder / "index.html", text.encode())
+    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>Findings</title><style>{STYLE}</style>"
+    atomic_write(folder / "index.html", f"{head}{''.join(parts)}</html>\n".encode())
 
 
 def _contents(found: dict[str, Result]) -> str:
@@ -65,9 +65,12 @@ def _part(name: str, result: Result, pictures: bool) -> str:
     rows = [[f"{ARMS[c.above].text} over {ARMS[c.below].text}", number(c.published, "+"), interval(c), c.ours.verdict]
             for c in result.comparisons]  # fmt: skip
     said = html.escape(explanation(result)).replace("**", "").replace("*", "")
-    sheets = f'<h3>Predictions, and where the arms differ most</h3><img src="{name}_pictures.png" alt="predictions">' if pictures else ""
+    claim = f"{finding.paper}, {finding.table}: {finding.claim}."
+    sheets = ""
+    if pictures:
+        sheets = f'<h3>Predictions, and where the arms differ most</h3><img src="{name}_pictures.png" alt="predictions">'
     return (
-        f'<h2 id="{name}">{html.escape(finding.title)}</h2><p>{html.escape(f"{finding.paper}, {finding.table}: {finding.claim}.")}</p>'
+        f'<h2 id="{name}">{html.escape(finding.title)}</h2><p>{html.escape(claim)}</p>'
         f'<img src="{name}.png" alt="scores">{_table(["difference", "published", "ours", "verdict"], rows)}<p>{said}</p>'
         f'<h3>Learning curves</h3><img src="{name}_loss.png" alt="training loss">{sheets}'
     )

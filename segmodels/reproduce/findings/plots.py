@@ -76,7 +76,8 @@ def draw(axis: Axes, result: Result, short: bool = False) -> None:
     _limits(ours, every)
     axis.tick_params(axis="y", labelcolor=PAPER, labelsize=7)
     ours.tick_params(axis="y", labelcolor=OURS, labelsize=7)
-    axis.set_xticks(places, ["\n".join(textwrap.wrap(ARMS[arm].text, 12 if short else 18)) for arm in arms], fontsize=5 if short else 7)
+    labels = ["\n".join(textwrap.wrap(ARMS[arm].text, 12 if short else 18)) for arm in arms]
+    axis.set_xticks(places, labels, fontsize=5 if short else 7)
     axis.set_xlim(-0.4, len(arms) - 0.6)
     axis.grid(alpha=0.25, axis="y")
     axis.set_title(f"{result.finding.title}: {result.verdict}", fontsize=8 if short else 10, color=VERDICTS[result.verdict])

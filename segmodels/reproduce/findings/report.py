@@ -15,6 +15,19 @@ from segmodels.reproduce.findings.statistics import CONFIDENCE
 
 DOCUMENT = ROOT / "docs" / "reproduction.md"
 OVERVIEW = ROOT / "docs" / "images" / "findings.png"
+INTRODUCTION = f"""## Findings of the papers, run again on small networks
+
+What the papers concluded by changing one thing at a time, on networks that train in seconds: a ResNet-18 of a quarter of its
+width, from scratch on the synthetic scenes at 96 x 96 pixels, and EfficientNet-Lite0 from ImageNet weights on CamVid at a quarter
+of its size. The scores are not comparable with the papers' (another task, another network); the *differences* are what is
+compared. Recipes: `segmodels/reproduce/findings/arms.py`; one file per run: `benchmarks/results/findings/`;
+`python -m segmodels.reproduce findings run --budget 60m` continues where it stopped, `findings report` writes this section and,
+in `runs/findings/report`, a page with learning curves and predictions.
+
+Arms of a comparison are paired by seed (initialisation, order, augmentation). The interval is that of Student's t at
+{CONFIDENCE:.0%} for the mean difference; it is not corrected for the number of comparisons. A comparison *holds* where the whole
+interval has the paper's sign, *does not hold* where it has the other, and is *undecided* otherwise; a finding holds where all its
+comparisons do, and does not where one does not. With few seeds only effects far above the noise can be told from chance."""
 BEGIN, END = "<!-- findings: begin, generated -->", "<!-- findings: end -->"
 
 
@@ -103,21 +116,7 @@ def explanation(result: Result) -> str:
 def _introduction(rows: Rows, found: dict[str, Result]) -> str:
     seeds = sorted({seed for _, seed in rows})
     arms = {arm for arm, _ in rows}
-    lines = [
-        "## Findings of the papers, run again on small networks", "",
-        "What the papers concluded by changing one thing at a time, on networks that train in seconds: a ResNet-18 of a quarter "
-        "of its width, from scratch on the synthetic scenes at 96 x 96 pixels, and EfficientNet-Lite0 from ImageNet weights on "
-        "CamVid at a quarter of its size. The scores are not comparable with the papers' (another task, another network); the "
-        "*differences* are what is compared. Recipes: `segmodels/reproduce/findings/arms.py`; one file per run: "
-        "`benchmarks/results/findings/`; `python -m segmodels.reproduce findings run --budget 60m` continues where it stopped, "
-        "`report` writes this section.",
-        "",
-        f"Arms of a comparison are paired by seed (initialisation, order, augmentation). The interval is that of Student's t at "
-        f"{CONFIDENCE:.0%} for the mean difference; it is not corrected for the number of comparisons. A comparison *holds* where "
-        "the whole interval has the paper's sign, *does not hold* where it has the other, and is *undecided* otherwise; a finding "
-        "holds where all its comparisons do, and does not where one does not. With three seeds only large effects can be told "
-        "from chance.",
-    ]  # fmt: skip
+    lines = [INTRODUCTION]
     if rows:
         trained = sum(row["evaluates"] is None for row in rows.values())
         seconds = sum(row["seconds"] for row in rows.values())
@@ -151,7 +150,7 @@ def _finding(name: str, result: Result) -> str:
     finding = result.finding
     what = "mIoU" if isinstance(finding.metric, str) else f"mean IoU of {' and '.join(finding.metric)}"
     arms = [
-        [_name(arm), number(published), number(result.mean(arm)), " ".join(number(value) for value in result.scores[arm].values())]
+        [_name(arm), number(published), number(result.mean(arm)), " ".join(map(number, result.scores[arm].values()))]
         for arm, published in finding.arms.items()
     ]
     pairs = [
