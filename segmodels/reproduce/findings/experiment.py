@@ -140,6 +140,7 @@ def _train(arm: Arm, name: str, seed: int, runs: Path) -> dict[str, Any]:
     if signum is not None:
         raise Interrupted(signum)
     metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "best.pt").unlink(missing_ok=True)  # validated once, at the end: it is last.pt
     kept = ("parameters", "train_seconds", "images", "miou", "pixel_accuracy", "mean_accuracy", "fwiou", "iou")
     curve = [[point["iteration"], round(point["loss"], 4)] for point in metrics["curve"]["train"]]
     return {**{key: metrics[key] for key in kept}, "loss": curve}
