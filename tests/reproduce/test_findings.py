@@ -141,8 +141,13 @@ def test_a_run_that_is_kept_is_not_repeated_and_the_budget_is_kept(tmp_path, mon
     done.clear()
     assert main([*call, "--seeds", "1"]) == 0
     assert done == []
+    with command.claimed("fcn", 2, tmp_path / "rows", tmp_path, again=False) as ours:
+        assert ours
+        assert main([*call, "--seeds", "3", "--only", "fcn"]) == 1  # fcn_aux09 has failed again
+    assert ("fcn_aux04", 2) in done
+    assert ("fcn", 2) not in done, "another process is at it"
     monkeypatch.setattr(command, "run", lambda *_: (_ for _ in ()).throw(Interrupted(15)))
-    assert main([*call, "--seeds", "3"]) == 143
+    assert main([*call, "--seeds", "4"]) == 143
     assert main(["list", "--rows", str(tmp_path / "rows")]) == 0
 
 
@@ -214,10 +219,11 @@ def test_report_from_rows(tmp_path, monkeypatch):
     aux = result_of(FINDINGS["auxiliary_loss"], experiment.load_rows(rows))
     assert [comparison.ours.verdict for comparison in aux.comparisons] == ["holds", "does not hold"]
     assert aux.verdict == "does not hold"
-    assert "is *below* auxiliary loss, weight 0.9 by 10.0 points" in text
+    assert "Auxiliary loss, weight 0.4 is *below* auxiliary loss, weight 0.9 by 10.0 points" in text
     assert "| crop of 60 | 67.2 | 50.0 | 50.0 |" in text
-    assert "fcn_aux04" not in text.partition("Missing:")[2].partition("\n")[0]
-    assert "v3 (seed 1)" in text
+    missing = text.partition("Missing with seed 1: ")[2].partition("\n")[0]
+    assert "`v3`" in missing
+    assert "`fcn_aux04`" not in missing
     assert (tmp_path / "overview.png").stat().st_size > 1000
     page = (tmp_path / "runs" / "report" / "index.html").read_text()
     assert all(f'id="{name}"' in page for name in FINDINGS)

@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import re
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,8 @@ from segmodels.engine.checkpoints import CheckpointError
 from segmodels.engine.progress import complain, console, say
 from segmodels.engine.trainer import TrainingError
 from segmodels.reproduce.findings.arms import ARMS
-from segmodels.reproduce.findings.definitions import FINDINGS
-from segmodels.reproduce.findings.experiment import ROWS, RUNS, Interrupted, checkpoint_path, load_rows, needed, run
-
-SEEDS = 3
+from segmodels.reproduce.findings.definitions import FINDINGS, SEEDS
+from segmodels.reproduce.findings.experiment import ROWS, RUNS, Interrupted, checkpoint_path, load_rows, needed, row_path, run
 
 
 def main(arguments: list[str]) -> int:
@@ -120,28 +120,51 @@ def selected(only: list[str] | None) -> list[str]:
     return [arm for arm in ARMS if arm in chosen]
 
 
+@contextmanager
+def claimed(arm: str, seed: int, rows: Path, runs: Path, *, again: bool) -> Iterator[bool]:
+    """Whether this process is to do the run: not where another one on this machine is at it or, unless ``again``, has done it.
+
+    The claim is a lock on a file, so that it ends with the process, however that ends.
+    """
+    runs.mkdir(parents=True, exist_ok=True)
+    with (runs / f".{arm}_seed{seed}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield again or not row_path(arm, seed, rows).is_file()
+
+
 def run_missing(flags: argparse.Namespace) -> int:
-    """Runs until nothing is missing or the budget is spent; what is finished stays. Returns 1 where a run failed."""
+    """Runs, also beside other processes that do, until nothing is missing or the budget is spent; what is finished stays.
+    Returns 1 where a run failed."""
     end = time.monotonic() + flags.budget if flags.budget is not None else float("inf")
     rows = load_rows(flags.rows)
     todo = pending(rows, selected(flags.only), flags.seeds)
-    failed = 0
+    failed = elsewhere = 0
     for count, (arm, seed) in enumerate(todo):
         if time.monotonic() + estimate(rows, arm) > end:
             say(f"budget spent: {len(todo) - count} runs are missing")
             return 0
+        parent = needed(ARMS[arm])
+        # A parent's row may be committed while its weights, which are not, are missing.
+        first = [parent] if parent is not None and not checkpoint_path(parent, seed, flags.runs).is_file() else []
         try:
-            parent = needed(ARMS[arm])
-            if parent is not None and not checkpoint_path(parent, seed, flags.runs).is_file():
-                # Finished elsewhere: a row is committed, its weights are not.
-                rows[parent, seed] = run(parent, seed, flags.rows, flags.runs)
-            rows[arm, seed] = row = run(arm, seed, flags.rows, flags.runs)
+            for each in (*first, arm):
+                with claimed(each, seed, flags.rows, flags.runs, again=each != arm) as ours:
+                    if not ours:
+                        elsewhere += 1
+                        break
+                    rows[each, seed] = row = run(each, seed, flags.rows, flags.runs)
+                    say(f"{each} seed {seed}: mIoU {row['miou']:.2%} in {row['seconds']:.0f} s ({count + 1} of {len(todo)})")
         except Interrupted as stop:
             return stop.code
         except (TrainingError, CheckpointError, ValueError, OSError) as error:  # of one arm: the others can go on
             complain(f"error: {arm} seed {seed}: {error}")
             failed += 1
-            continue
-        say(f"{arm} seed {seed}: mIoU {row['miou']:.2%} in {row['seconds']:.0f} s ({count + 1} of {len(todo)})")
-    say(f"{failed} runs failed" if failed else f"{len(rows)} rows in {flags.rows}, none is missing")
+    if failed or elsewhere:
+        say(f"{failed} runs failed, {elsewhere} are done by others")
+    else:
+        say(f"{len(rows)} rows in {flags.rows}, none is missing")
     return 1 if failed else 0

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from segmodels.reproduce.findings.arms import ARMS
 
+#: of every arm, from 0
+SEEDS = 3
+
 V1, V2 = "DeepLab v1 (Chen et al. 2015)", "DeepLab v2 (Chen et al. 2017)"
 V3 = "DeepLabv3 (Chen et al. 2017)"
 PSP = "PSPNet (Zhao et al. 2017)"

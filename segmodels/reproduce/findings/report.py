@@ -9,6 +9,7 @@ from pathlib import Path
 from segmodels.engine.checkpoints import atomic_write
 from segmodels.engine.progress import complain, say
 from segmodels.reproduce.findings.arms import ARMS
+from segmodels.reproduce.findings.definitions import SEEDS
 from segmodels.reproduce.findings.experiment import ROOT, load_rows
 from segmodels.reproduce.findings.results import Comparison, Result, Rows, results
 from segmodels.reproduce.findings.statistics import CONFIDENCE
@@ -99,15 +100,15 @@ def explanation(result: Result) -> str:
     open_ = [c for c in result.comparisons if c.ours.pairs and c.ours.verdict == "undecided"]
     missing = [c for c in result.comparisons if not c.ours.pairs]
     parts = [f"Here it **{result.verdict}**." if result.verdict != "undecided" else "Here it is **undecided**."]
-    parts += [f"{_name(c.above)} is *below* {_name(c.below)} by {number(-c.ours.mean)} points." for c in against]
+    parts += [f"{_first(_name(c.above))} is *below* {_name(c.below)} by {number(-c.ours.mean)} points." for c in against]
     for c in open_:
         above = c.ours.mean > 0
         count = c.ours.above if above else c.ours.pairs - c.ours.above
         parts.append(
-            f"{_name(c.above)} is {'above' if above else 'below'} {_name(c.below)} in {count} of {c.ours.pairs} seeds and by "
-            f"{number(abs(c.ours.mean))} points on average, within what chance can do."
+            f"{_first(_name(c.above))} is {'above' if above else 'below'} {_name(c.below)} in {count} of {c.ours.pairs} seeds "
+            f"and by {number(abs(c.ours.mean))} points on average, within what chance can do."
         )
-    parts += [f"{_name(c.above)} against {_name(c.below)} was not run." for c in missing]
+    parts += [f"{_first(_name(c.above))} against {_name(c.below)} was not run." for c in missing]
     if result.verdict != "holds" and result.finding.why:
         parts.append(result.finding.why)
     return " ".join(parts)
@@ -126,10 +127,10 @@ def _introduction(rows: Rows, found: dict[str, Result]) -> str:
                   f"{seconds / 60:.0f} minutes on one thread ({machine['cpu']}, {machine['instruction_set']}), "
                   f"commits {', '.join(f'`{commit}`' for commit in commits)}."]  # fmt: skip
     wanted = {arm for result in found.values() for arm in result.scores}
-    most = max((seed for _, seed in rows), default=-1) + 1
-    missing = [f"{arm} (seed {seed})" for arm in sorted(wanted) for seed in range(most) if (arm, seed) not in rows]
-    if missing:
-        lines += ["", f"Missing: {', '.join(missing)}."]
+    for seed in range(SEEDS):
+        missing = [f"`{arm}`" for arm in sorted(wanted) if (arm, seed) not in rows]
+        if missing:
+            lines += ["", f"Missing with seed {seed}: {', '.join(missing) if len(missing) < len(wanted) else 'all arms'}."]
     return "\n".join(lines)
 
 
@@ -175,6 +176,11 @@ def _anchor(name: str) -> str:
 
 def _name(arm: str) -> str:
     return ARMS[arm].text
+
+
+def _first(text: str) -> str:
+    """As the beginning of a sentence."""
+    return text[:1].upper() + text[1:]
 
 
 def _count(comparison: Comparison) -> str:
