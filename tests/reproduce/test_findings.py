@@ -220,7 +220,7 @@ def test_report_from_rows(tmp_path, monkeypatch):
     assert [comparison.ours.verdict for comparison in aux.comparisons] == ["holds", "does not hold"]
     assert aux.verdict == "does not hold"
     assert "Auxiliary loss, weight 0.4 is *below* auxiliary loss, weight 0.9 by 10.0 points" in text
-    assert "| crop of 60 | 67.2 | 50.0 | 50.0 |" in text
+    assert "| crop of 61 | 67.2 | 50.0 | 50.0 |" in text
     missing = text.partition("Missing with seed 1: ")[2].partition("\n")[0]
     assert "`v3`" in missing
     assert "`fcn_aux04`" not in missing

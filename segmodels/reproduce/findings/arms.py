@@ -78,6 +78,11 @@ CAMVID: Sections = {
     "eval": {"canvas": [120, 160], "sheet": 0},
     "run": SCENES["run"],
 }  # fmt: skip
+#: as the authors of DeepLabv3: 16 k + 1 pixels and aligned corners, so that scores of every stride lie where their features do;
+#: scaled images
+ALIGNED: Sections = {
+    "data": {"options": {"size": 97}, "crop": [97, 97], "scale": [0.75, 1.33]}, "model": {"options": {"align_corners": True}},
+}  # fmt: skip
 NARROW = {"width_mult": 0.25}
 
 _V3 = {**NARROW, "head_channels": 64, "head_conv": False, "dropout": 0.0, "rates": [1, 2, 3], "multi_grid": [1, 2]}
@@ -85,7 +90,7 @@ _PSP = {**NARROW, "stem": "conv7", "head_channels": 32}
 
 
 def _v3(text: str, output_stride: int = 16, *more: Sections, **options: Any) -> Arm:
-    return Arm(text, merged(SCENES, model("deeplabv3_resnet18", output_stride, **{**_V3, **options}), *more))
+    return Arm(text, merged(SCENES, model("deeplabv3_resnet18", output_stride, **{**_V3, **options}), ALIGNED, *more))
 
 
 def _block4(text: str, output_stride: int, **options: Any) -> Arm:
@@ -116,7 +121,7 @@ ARMS: dict[str, Arm] = {
     "v3_rate4": _v3("ASPP with a fourth rate", image_pooling=False, rates=[1, 2, 3, 4]),
     "v3_os8": _v3("trained at output stride 8", 8),
     "v3_os32": _v3("trained at output stride 32", 32),
-    "v3_small_crop": _v3("crop of 60", 16, {"data": {"crop": [60, 60]}}),
+    "v3_small_crop": _v3("crop of 61", 16, {"data": {"crop": [61, 61]}}),
     "v3_small_labels": _v3("labels on the grid of the scores", 16, train(labels_at="scores")),
     "v3_batch4": _v3("batch of 4", 16, train(batch_size=4)),
     "v3_batch2": _v3("batch of 2", 16, train(batch_size=2)),
@@ -129,6 +134,7 @@ ARMS: dict[str, Arm] = {
     "psp_average_reduced": _psp("bins 1, 2, 3, 6, average, reduction"),
 }  # fmt: skip
 ARMS["v3_hard_classes"] = _v3("scenes with tents or poles twice per epoch", 16, {"data": {"hard_classes": ["tent", "pole"]}})
+ARMS["v3_areas"] = _v3("trained at 16, corners not aligned", 16, {"model": {"options": {"align_corners": False}}})
 _FEW: Sections = {"data": {"options": {"length": 200}}}
 ARMS["few_plain"] = _fcn("200 scenes as they are", _FEW, {"data": {"flip": 0.0}})
 ARMS["few_augmented"] = _fcn("200 scenes, scaled and mirrored", _FEW, {"data": {"scale": [0.75, 1.33]}})
@@ -140,6 +146,7 @@ ARMS |= {
         "output stride 8, three scales, mirrored", "v3", ARMS, output_stride=8, scales=[0.75, 1.0, 1.25], flip=True),
     "v3_os8_eval16": _evaluated("trained at 8, evaluated at 16", "v3_os8", ARMS, output_stride=16),
     "v3_os32_eval16": _evaluated("trained at 32, evaluated at 16", "v3_os32", ARMS, output_stride=16),
+    "v3_areas_eval8": _evaluated("trained at 16, evaluated at 8, corners not aligned", "v3_areas", ARMS, output_stride=8),
     "v3_os32_eval8": _evaluated("trained at 32, evaluated at 8", "v3_os32", ARMS, output_stride=8),
 }  # fmt: skip
 

@@ -88,6 +88,12 @@ FINDINGS: dict[str, Finding] = {
         (("v3_eval8", "v3"), ("v3", "v3_os32_eval16"), ("v3_os8", "v3_os8_eval16"), ("v3_eval8", "v3_os8"),
          ("v3_eval8", "v3_os32_eval8")),
     ),
+    "alignment": Finding(
+        "Evaluating at a smaller stride needs aligned corners", V3, "the authors' code",
+        "what the others' findings rest on: corners of images and scores are aligned",
+        {"v3_eval8": None, "v3_areas_eval8": None, "v3": None, "v3_areas": None}, (("v3_eval8", "v3_areas_eval8"),),
+        differs="not a claim of the paper; a check of ours",
+    ),
     "pyramid": Finding(
         "Pyramid pooling", PSP, "table 1", "pooling helps; several bins beat one; averages beat maxima; reduction helps",
         {"fcn": 37.23, "psp_one_average": 40.07, "psp_max": 40.18, "psp_average": 41.07, "psp_average_reduced": 41.68},
