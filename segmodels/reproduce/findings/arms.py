@@ -83,10 +83,10 @@ CAMVID: Sections = {
 ALIGNED: Sections = {
     "data": {"options": {"size": 97}, "crop": [97, 97], "scale": [0.75, 1.33]}, "model": {"options": {"align_corners": True}},
 }  # fmt: skip
-NARROW = {"width_mult": 0.25}
+NARROW: dict[str, Any] = {"width_mult": 0.25}
 
-_V3 = {**NARROW, "head_channels": 64, "head_conv": False, "dropout": 0.0, "rates": [1, 2, 3], "multi_grid": [1, 2]}
-_PSP = {**NARROW, "stem": "conv7", "head_channels": 32}
+_V3: dict[str, Any] = {**NARROW, "head_channels": 64, "head_conv": False, "dropout": 0.0, "rates": [1, 2, 3], "multi_grid": [1, 2]}
+_PSP: dict[str, Any] = {**NARROW, "stem": "conv7", "head_channels": 32}
 
 
 def _v3(text: str, output_stride: int = 16, *more: Sections, **options: Any) -> Arm:
@@ -151,7 +151,7 @@ ARMS |= {
     "v3_os32_eval8": _evaluated("trained at 32, evaluated at 8", "v3_os32", ARMS, output_stride=8),
 }  # fmt: skip
 
-_FOV = {**NARROW, "fc_channels": 64, "dropout": 0.1}
+_FOV: dict[str, Any] = {**NARROW, "fc_channels": 64, "dropout": 0.1}
 
 
 def _v1(text: str, kernel: int, rate: int) -> Arm:
@@ -159,12 +159,12 @@ def _v1(text: str, kernel: int, rate: int) -> Arm:
 
 
 def _v2(text: str, rates: list[int], *more: Sections) -> Arm:
-    options = {**NARROW, "rates": rates, "freeze_batch_norm": False}
+    options: dict[str, Any] = {**NARROW, "rates": rates, "freeze_batch_norm": False}
     return Arm(text, merged(SCENES, model("deeplabv2_resnet18", **options), *more))
 
 
 def _scales(text: str, fusion: str, supervised: bool) -> Arm:
-    options = {**_FOV, "fc_rate": 3, "attention_channels": 32, "scales": [1, 0.5], "fusion": fusion}
+    options: dict[str, Any] = {**_FOV, "fc_rate": 3, "attention_channels": 32, "scales": [1, 0.5], "fusion": fusion}
     return Arm(text, merged(SCENES, model("attentiontoscale_resnet18", **options, extra_supervision=supervised)))
 
 
