@@ -85,7 +85,9 @@ ALIGNED: Sections = {
 }  # fmt: skip
 NARROW: dict[str, Any] = {"width_mult": 0.25}
 
-_V3: dict[str, Any] = {**NARROW, "head_channels": 64, "head_conv": False, "dropout": 0.0, "rates": [1, 2, 3], "multi_grid": [1, 2]}
+_V3: dict[str, Any] = {
+    **NARROW, "head_channels": 64, "head_conv": False, "dropout": 0.0, "rates": [1, 2, 3], "multi_grid": [1, 2],
+}  # fmt: skip
 _PSP: dict[str, Any] = {**NARROW, "stem": "conv7", "head_channels": 32}
 
 
