@@ -156,8 +156,8 @@ ARMS |= {
 _FOV: dict[str, Any] = {**NARROW, "fc_channels": 64, "dropout": 0.1}
 
 
-def _v1(text: str, kernel: int, rate: int) -> Arm:
-    return Arm(text, merged(SCENES, model("deeplabv1_resnet18", **_FOV, fc_kernel=kernel, fc_rate=rate)))
+def _v1(text: str, kernel: int, rate: int, **options: Any) -> Arm:
+    return Arm(text, merged(SCENES, model("deeplabv1_resnet18", **_FOV, fc_kernel=kernel, fc_rate=rate, **options)))
 
 
 def _v2(text: str, rates: list[int], *more: Sections) -> Arm:
@@ -193,6 +193,10 @@ ARMS |= {
     "fov_4x4": _v1("4 x 4, rate 1", 4, 1),
     "fov_7x7": _v1("7 x 7, rate 1", 7, 1),
     "fov_large": _v1("LargeFOV: 3 x 3, rate 3", 3, 3),
+    "short_fov_4x4": _v1("4 x 4, rate 1, behind two stages", 4, 1, stages=2),
+    "short_fov_large": _v1("LargeFOV behind two stages", 3, 3, stages=2),
+    "short_fcn": Arm("two stages", merged(SCENES, model("fcn_resnet18", **NARROW, stages=2))),
+    "short_psp": _psp("pyramid pooling behind two stages", stages=2),
     "v2_large_fov": _v2("LargeFOV: rate 3, poly", [3]),
     "v2_step": _v2("LargeFOV: rate 3, step", [3], train(schedule="step", steps=[200])),
     "v2_aspp_small": _v2("ASPP, rates 1, 1, 2, 3", [1, 1, 2, 3]),

@@ -140,6 +140,13 @@ FINDINGS: dict[str, Finding] = {
         {"fov_4x4": 59.80, "fov_7x7": 64.38, "fov_large": 62.25}, (("fov_7x7", "fov_4x4"), ("fov_large", "fov_4x4")),
         differs="before the CRF, as there; fields of view in proportion to the map",
     ),
+    "short_backbone": Finding(
+        "Context behind a backbone that sees less", f"{PSP} and {V1}", "tables 1 and 1",
+        "what adds context helps where the backbone has little of it",
+        {"short_fcn": None, "short_psp": None, "short_fov_4x4": None, "short_fov_large": None},
+        (("short_psp", "short_fcn"), ("short_fov_large", "short_fov_4x4")),
+        differs="not a claim of the papers; a check of ours: the backbone ends behind its second stage",
+    ),
     "schedule": Finding(
         "Poly against step", V2, "table 2", "poly trains better in equally many iterations",
         {"v2_step": 62.25, "v2_large_fov": 63.42}, (("v2_large_fov", "v2_step"),),
