@@ -218,9 +218,19 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 def is_restart() -> bool:
     """Whether torchrun started the processes again, after one had died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return _restarts() > 0
+
+
+def _store(timeout: timedelta) -> dist.Store:
+    """Where processes leave their addresses. torchrun may keep it over a restart, with the addresses of those that died."""
+    store: dist.Store = next(dist.rendezvous("env://", timeout=timeout))[0]
+    return dist.PrefixStore(f"try {_restarts()}", store)
 
 
 def check_training(config: Config) -> None:
@@ -264,9 +274,10 @@ def join(config: Config) -> Processes:
                              f"with {devices} CUDA devices")  # fmt: skip
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=settings.timeout)
     if not dist.is_initialized():  # by the stage before
         with Processes(rank, world, timeout=settings.timeout).watching(lambda: "at the start"):
-            dist.init_process_group(backend, timeout=timedelta(seconds=settings.timeout))
+            dist.init_process_group(backend, store=_store(timeout), rank=rank, world_size=world, timeout=timeout)
     return Processes(rank, world, device, settings.mode, settings.timeout, settings.sync_bn, settings.sync_bn_processes)
 
 
