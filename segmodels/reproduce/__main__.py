@@ -23,7 +23,7 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code. Raises ConfigError for an unknown one, and what the command raises."""
-    name, *rest = sys.argv[1:] if arguments is None else arguments or ["--help"]
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         say((__doc__ or "").strip())
         return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from segmodels.reproduce.results import OFFICIAL_IMAGES, REPRODUCTION, RESULTS, STAND_INS, load_results, result_path
+from segmodels.reproduce.results import REPRODUCTION, RESULTS, STAND_INS, load_results, published_images, result_path
 from segmodels.reproduce.rows import METRICS, Row, rows
 
 
@@ -96,8 +96,8 @@ def _number(value: float | None) -> float:
 def _stand_in(row: Row, name: str, instead: str) -> Line:
     result = json.loads((RESULTS / name).read_text())
     data = result["config"]["data"]
-    official = OFFICIAL_IMAGES.get((data["name"], result["split"]))
-    of = f" of {official:,}" if official not in (None, result["images"]) else ""
+    official = published_images(data["name"], result["split"])
+    of = f" of {official:,}" if official is not None and official != result["images"] else ""
     return Line(
         row=row,
         seeds=[result["config"]["run"]["seed"]],

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from segmodels.data import SegmentationDataset
+from segmodels.data import DATASETS, SegmentationDataset
 from segmodels.engine.checkpoints import write_json
 from segmodels.reproduce.rows import METRICS, Row
 
@@ -18,21 +18,6 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 #: one file per row and seed
 REPRODUCTION = RESULTS / "reproduction"
-
-#: Images of the published splits (their papers). VOC: train_aug is that of Hariharan et al. 2011.
-OFFICIAL_IMAGES = {
-    ("voc", "train"): 1464, ("voc", "train_aug"): 10582, ("voc", "val"): 1449, ("voc", "trainval"): 2913,
-    ("voc", "trainval_aug"): 12031, ("voc", "sbd_train"): 8498, ("voc", "seg11valid"): 736, ("voc", "reduced_val"): 346,
-    ("camvid", "train"): 367, ("camvid", "val"): 101, ("camvid", "test"): 233,
-    ("kitti", "train"): 100, ("kitti", "test"): 46,
-    ("cityscapes", "train"): 2975, ("cityscapes", "val"): 500,
-    ("ade20k", "train"): 20210, ("ade20k", "val"): 2000,
-    ("pascal_context", "train"): 4998, ("pascal_context", "val"): 5105,
-    ("person_part", "train"): 1716, ("person_part", "val"): 1817,
-    ("nyudv2", "train"): 795, ("nyudv2", "test"): 654,
-    ("siftflow", "train"): 2488, ("siftflow", "test"): 200,
-}  # fmt: skip
-
 
 class StandIn(NamedTuple):
     """A committed result that is not what the row says, but the nearest there is.
@@ -110,6 +95,11 @@ def save_result(row: Row, seed: int, computed: dict[str, Any], facts: dict[str, 
     return path
 
 
+def published_images(name: str, split: str) -> int | None:
+    """How many images a split has where it is published; None where that is not known."""
+    return (DATASETS[name].COUNTS or {}).get(split)
+
+
 def describe_data(name: str, dataset: SegmentationDataset) -> dict[str, Any]:
     """What a split was: its size against the published one, and a fingerprint.
 
@@ -120,12 +110,11 @@ def describe_data(name: str, dataset: SegmentationDataset) -> dict[str, Any]:
     for index in sorted(set(np.linspace(0, len(dataset) - 1, 16).round().astype(int).tolist())):
         label = dataset[index][1]
         digest.update(repr(label.shape).encode() + np.ascontiguousarray(label).tobytes())
-    official = OFFICIAL_IMAGES.get((name, dataset.split))
     return {
         "name": name,
         "split": dataset.split,
         "images": len(dataset),
-        "published_images": official,
+        "published_images": published_images(name, dataset.split),
         "classes": dataset.num_classes,
         "fingerprint": digest.hexdigest(),
     }

@@ -10,14 +10,9 @@ import torch
 
 from segmodels import create_model
 from segmodels.config import Config, ConfigError, load_config
+from segmodels.data import DATASETS, class_names
 from segmodels.engine.parts import check_parts
 from segmodels.reproduce.rows import METRICS, PAPERS, STARTS, find_rows, read_row, rows
-
-#: How the data sets of the recipes label (the papers; PASCAL-Context has a background on request).
-CLASSES = {
-    "voc": 21, "coco": 21, "camvid": 11, "kitti": 11, "cityscapes": 19, "ade20k": 150, "pascal_context": 59, "person_part": 7,
-    "nyudv2": 40, "siftflow": 33,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +29,7 @@ def test_rows_are_consistent(configs) -> None:
         assert all((row.table, row.row, row.dataset, row.split, row.source, row.title)), name
         assert all(metric in METRICS and 15 < value < 99 for metric, value in row.published.items())
         assert config.data.root is None, "no folder of one machine"
+        assert {config.data.train_split, config.data.val_split} <= set(DATASETS[config.data.name].COUNTS), name
         assert (config.model.weights, config.model.weights_backbone) == (None, None)
         evaluated = row.trained_by is not None or row.start == "published"
         stride = (evaluated and config.eval.output_stride) or config.model.output_stride
@@ -76,7 +72,7 @@ def test_every_network_can_be_built(configs) -> None:
     built = set()
     for name, config in configs.items():
         settings, row = config.model, rows()[name]
-        classes = CLASSES[config.data.name] + bool(config.data.options.get("background"))
+        classes = len(class_names(config.data.name, config.data.options)[0])
         start = row.start if row.start in rows() else None
         key = json.dumps([vars(settings), classes, config.train.freeze, config.train.rates, start], sort_keys=True)
         if key in built:
@@ -105,7 +101,7 @@ def test_what_a_row_starts_from_fits(configs) -> None:
         checked.add(key)
         states = []
         for each in (config, before):
-            classes = CLASSES[each.data.name] + bool(each.data.options.get("background"))
+            classes = len(class_names(each.data.name, each.data.options)[0])
             model = each.model
             with torch.device("meta"):
                 built = create_model(model.name, classes, model.output_stride, aux_loss=model.aux_loss, **model.options)
