@@ -101,7 +101,8 @@ def test_a_finding_is_what_its_pairs_are():
 
 def fake_row(arm: str, seed: int, miou: float = 0.5, seconds: float = 10.0) -> dict:
     return {
-        "arm": arm, "seed": seed, "settings": {}, "start": None, "evaluates": ARMS[arm].evaluates, "commit": "0" * 40,
+        "arm": arm, "seed": seed, "settings": ARMS[arm].settings, "start": ARMS[arm].start, "evaluates": ARMS[arm].evaluates,
+        "commit": "0" * 40,
         "dirty": False, "date": "2026-01-01T00:00:00Z", "seconds": seconds, "machine": {"cpu": "a", "instruction_set": "b"},
         "miou": miou, "iou": {"tent": miou, "pole": None}, "loss": [[10, 1.0], [20, 0.5]],
     }  # fmt: skip
@@ -149,6 +150,16 @@ def test_a_run_that_is_kept_is_not_repeated_and_the_budget_is_kept(tmp_path, mon
     monkeypatch.setattr(command, "run", lambda *_: (_ for _ in ()).throw(Interrupted(15)))
     assert main([*call, "--seeds", "4"]) == 143
     assert main(["list", "--rows", str(tmp_path / "rows")]) == 0
+
+
+def test_rows_of_arms_that_have_changed_do_not_count(tmp_path):
+    write_row(tmp_path, "fcn", 0)
+    write_row(tmp_path, "fcn", 1)
+    row = json.loads(row_path("fcn", 1, tmp_path).read_text())
+    row["settings"]["train"]["iterations"] += 1
+    row_path("fcn", 1, tmp_path).write_text(json.dumps(row))
+    row_path("gone", 0, tmp_path).write_text(json.dumps(row | {"arm": "gone"}))
+    assert list(experiment.load_rows(tmp_path)) == [("fcn", 0)]
 
 
 def test_what_cannot_be_asked_for(tmp_path):

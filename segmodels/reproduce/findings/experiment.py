@@ -59,9 +59,15 @@ def row_path(arm: str, seed: int, rows: Path = ROWS) -> Path:
 
 
 def load_rows(rows: Path = ROWS) -> dict[tuple[str, int], dict[str, Any]]:
-    """(arm, seed) -> row, of every finished run."""
+    """(arm, seed) -> row, of every finished run. Rows of arms that have changed since do not count."""
     found = [json.loads(path.read_text()) for path in sorted(rows.glob("*_seed*.json"))]
-    return {(row["arm"], row["seed"]): row for row in found}
+    return {(row["arm"], row["seed"]): row for row in found if is_current(row)}
+
+
+def is_current(row: dict[str, Any]) -> bool:
+    """Whether the row's arm is defined as it was when it ran; of an evaluation, the arm that trained is part of its settings."""
+    arm = ARMS.get(row["arm"])
+    return arm is not None and (row["settings"], row["start"], row["evaluates"]) == (arm.settings, arm.start, arm.evaluates)
 
 
 def checkpoint_path(arm: str, seed: int, runs: Path = RUNS) -> Path:
