@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 # The lines of the C++/CUDA build; the install is redone when one of them changes.
 SOURCES := setup.py CMakeLists.txt pyproject.toml constraints.txt $(shell find csrc -type f 2>/dev/null)
 BENCHMARKS := conv2d conv_bn_relu aspp pyramid_pool upsample_cross_entropy upsample_argmax dense_crf domain_transform dispatch errors models
-EXTRAS := segmodels,weights,test,lint
+EXTRAS := segmodels,data,weights,test,lint
 
-.PHONY: install demo test test-sanitize lint bench clean
+.PHONY: install demo test test-sanitize test-triton lint bench clean
 
 install: $(VENV)/.installed
 
@@ -31,6 +31,14 @@ test: install
 # The op tests and a fuzz on a library of their own, built with AddressSanitizer and UndefinedBehaviorSanitizer.
 test-sanitize: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.sanitized
+
+# The Triton kernels, interpreted and compiled, under another version: make test-triton VERSION=3.6.0 (its interpreter needs an
+# older NumPy). Tried: 3.6.0, 3.7.0, 3.8.0, 3.9.0.
+VERSION ?= 3.9.0
+TRITON := build/triton-$(VERSION)
+test-triton: install
+	$(BIN)/pip install -q --upgrade --no-deps --target $(TRITON) triton==$(VERSION) $(if $(filter 3.6%,$(VERSION)),"numpy<2.4")
+	PYTHONPATH=$(CURDIR)/$(TRITON) $(BIN)/python -m pytest -q tests/triton
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """``python -m atrous_kernels``: what this machine can run, what is missing and what that costs.
 
-With an op and a shape it explains the choice of implementation, or models the Triton launches on a GPU that need not be there:
+With an op and a shape it explains the choice of implementation, or models the launches on a GPU that need not be there:
 ``python -m atrous_kernels explain conv2d --input 1,2048,33,33 --weight 256,2048,3,3 --padding 12 --dilation 12``
 ``python -m atrous_kernels plan conv2d --input 16,2048,33,33 --weight 256,2048,3,3 --padding 12 --dilation 12 --gpu h200``
 """
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m atrous_kernels", description=(__doc__ or "").split("\n\n")[0])
     commands = parser.add_subparsers(dest="command")
     explain = commands.add_parser("explain", help="which implementation runs an op of a given shape, and why not the others")
-    plan = commands.add_parser("plan", help="the Triton launches of an op of a given shape, modelled without a GPU")
+    plan = commands.add_parser("plan", help="the launches of an op of a given shape, modelled without a GPU")
     for command, dtype in ((explain, "float32"), (plan, "bfloat16")):
         command.add_argument("op", choices=_OPS if command is explain else (*_OPS, "aspp"))
         command.add_argument("--input", type=_numbers, required=True, help="sizes N,C,H,W")
@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--channels-last", action="store_true")
     explain.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     explain.add_argument("--backend", default="auto")
+    plan.add_argument("--backend", default="triton", choices=["triton", "tensor_core"])
     plan.add_argument("--contiguous", action="store_true", help="instead of channels-last")
     plan.add_argument("--rates", type=_numbers, default=[6, 12, 18], help="of an ASPP's branches beside its 1x1; default 6,12,18")
     plan.add_argument("--gpu", default="h200", choices=sorted(GPUS))
@@ -98,7 +99,8 @@ def main(arguments: list[str] | None = None) -> int:
         if args.command == "explain":
             print(dispatch.explain(args.op, replace(problem, device_type=args.device), args.backend))
         else:
-            print(simulate.describe(args.op, replace(problem, device_type="cuda"), GPUS[args.gpu], args.rates))
+            problem = replace(problem, device_type="cuda")
+            print(simulate.describe(args.op, problem, GPUS[args.gpu], args.rates, args.backend))
     except (RuntimeError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -21,6 +21,7 @@ from atrous_kernels.functional import (
 )
 from atrous_kernels.ops.aspp import check_image_pooling
 from atrous_kernels.ops.pyramid_concat import pyramid_concat
+from atrous_kernels.sync_batch_norm import count_batch, group_of
 
 
 class Conv2d(torch.nn.Conv2d):
@@ -266,7 +267,7 @@ def as_one(
         eps=norm.eps,
         activation=activation,
         residual=residual,
-        process_group=process_group,
+        process_group=process_group or group_of(norm),
         backend=convolution.backend,
     )
 
@@ -275,15 +276,6 @@ def _group_of(module: Any) -> Any:
     if not (module.sync and torch.distributed.is_available() and torch.distributed.is_initialized()):
         return None
     return module.process_group or torch.distributed.group.WORLD
-
-
-def count_batch(norm: torch.nn.BatchNorm2d) -> float:
-    """In training, count the batch as ``BatchNorm2d.forward`` does; the weight of this batch in the running statistics."""
-    if norm.training and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:
-            return 1.0 / float(norm.num_batches_tracked)
-    return 0.0 if norm.momentum is None else norm.momentum
 
 
 def conv_bn(layers: Any, first: int = 0) -> ConvBN:
@@ -311,7 +303,7 @@ class ImagePooling(torch.nn.Sequential):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        check_image_pooling(x.shape[0], self[2].training)
+        check_image_pooling(x.shape[0], self[2].training and group_of(self[2]) is None)
         # Bilinear interpolation of a single pixel is that pixel everywhere.
         return super().forward(x).expand(-1, -1, x.shape[2], x.shape[3])
 

@@ -1,69 +1,30 @@
 """Launch plans judged without a GPU: ``python -m atrous_kernels plan``. A model, never a measurement.
 
 The launches are those that the Triton launchers make (:mod:`atrous_kernels.triton.conv2d` and its neighbours), on tensors whose
-memory nobody touches; the pixels and taps of a program come from the very tables that the kernel reads. Programs are given in
-launch order to whichever multiprocessor is free first, as the hardware does, one at a time on each. A program takes as long as
-its arithmetic at the multiprocessor's share of the peak, block padding included, or as its traffic at the share of the L2's
-bandwidth, whichever is longer. A launch takes as long as its last multiprocessor, or as moving each of its tensors once through
-memory. Left out: launching, filling pipelines, misses of the L2, several programs that hide each other's waiting.
+memory nobody touches; the pixels and taps of a program come from the very tables that the kernel reads. Those of the CUDA kernels
+for tensor cores come from :mod:`atrous_kernels.tensor_core_plan`. What a GPU makes of them: :mod:`atrous_kernels.gpu_model`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from heapq import heapreplace
+from dataclasses import replace
 from math import prod
 from operator import mul
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from atrous_kernels import tensor_core_plan
+from atrous_kernels.gpu_model import Program, Simulation, Work, estimate
 from atrous_kernels.gpus import GPU
 from atrous_kernels.problem import ConvProblem
 from atrous_kernels.triton import aspp, conv2d, depthwise_conv2d
 from atrous_kernels.triton.epilogue import Epilogue
 from atrous_kernels.triton.runtime import Kernel, Launch, dot_precision
 
-OPS = ("conv2d", "conv2d_input", "conv2d_weight")
-
-
-class Program(NamedTuple):
-    """One program of a launch."""
-
-    valid: int  # multiplications of real input
-    executed: int  # multiplications in whole blocks
-    loaded: int  # bytes, by way of the L2
-    stored: int  # bytes
-
-
-@dataclass(frozen=True)
-class Simulation:
-    """What the model says of one launch; times in seconds. Where ``programs`` is 0, only the bytes are modelled."""
-
-    kernel: str
-    blocks: tuple[int, ...]
-    programs: int
-    waves: float  # programs per multiprocessor
-    valid_flops: int
-    executed_flops: int
-    makespan: float
-    mean: float  # of the multiprocessors: what a perfect balance would take
-    longest_first: float  # the makespan, were the longest programs launched first
-    l2_bytes: int
-    memory_bytes: int
-    memory_seconds: float
-    per_multiprocessor: list[float] = field(repr=False)
-
-    @property
-    def seconds(self) -> float:
-        return max(self.makespan, self.memory_seconds)
-
-    @property
-    def balance(self) -> float:
-        """Share of the makespan in which the average multiprocessor works."""
-        return self.mean / self.makespan if self.makespan else 1.0
+OPS = tensor_core_plan.OPS
 
 
 # What every program does, in launch order ---------------------------------------------------------------------------------
@@ -112,10 +73,10 @@ def _correlate_weight(launch: Launch) -> Iterable[Program]:
     size, target = given["source"].itemsize, given["target"].itemsize
     _, _, rows, cols, *_ = given["table"].tolist()
     outs, ins = _cuts(given["out_channels"], m), _cuts(given["in_channels"], n)
-    _, splits, groups = launch.grid
-    for _ in range(groups):
-        for split in range(splits):
-            for height, width in zip(rows, cols, strict=True):
+    splits = given["splits"]
+    for _ in range(launch.grid[1]):
+        for height, width in zip(rows, cols, strict=True):
+            for split in range(splits):
                 pixels, steps = _split(given["batch"] * height * width, k, split, splits)
                 for out in outs:
                     for in_ in ins:
@@ -135,9 +96,9 @@ def _correlate_depthwise_weight(launch: Launch) -> Iterable[Program]:
     given, (p, c) = launch.arguments, _blocks(launch)
     size, target = given["source"].itemsize, given["target"].itemsize
     _, _, rows, cols, *_ = given["table"].tolist()
-    splits, channels = launch.grid[1], _cuts(given["channels"], c)
-    for split in range(splits):
-        for height, width in zip(rows, cols, strict=True):
+    splits, channels = given["splits"], _cuts(given["channels"], c)
+    for height, width in zip(rows, cols, strict=True):
+        for split in range(splits):
             pixels, steps = _split(given["batch"] * height * width, p, split, splits)
             for count in channels:
                 yield Program(pixels * count, p * c * steps, 2 * pixels * count * size, count * target)
@@ -169,43 +130,22 @@ def programs(launch: Launch) -> list[Program]:
     return list(_READERS[launch.kernel](launch)) if launch.kernel in _READERS else []
 
 
-# The model ----------------------------------------------------------------------------------------------------------------
-
-
-def schedule(times: Sequence[float], workers: int) -> list[float]:
-    """Seconds that every worker is busy, where each takes the next piece as soon as it is free."""
-    busy = [0.0] * workers  # a heap
-    for time in times:
-        heapreplace(busy, busy[0] + time)
-    return busy
-
-
-def simulate(launch: Launch, gpu: GPU) -> Simulation:
-    """What the model says of ``launch`` on ``gpu``."""
-    each = programs(launch)
+def work(launch: Launch) -> Work:
+    """A launch of the Triton backend as the model takes it."""
     tensors = [value for name, value in launch.arguments.items() if isinstance(value, Tensor) and name != "table"]
-    moved = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
-    precision = launch.constants.get("PRECISION")
-    dtype = next((t.dtype for name, t in launch.arguments.items() if name == "source"), torch.float32)
-    flops = gpu.scalar_flops if precision is None else gpu.flops(dtype, precision)
-    arithmetic, traffic = gpu.multiprocessors / flops, gpu.multiprocessors / gpu.l2_bytes_per_second
-    times = [max(2 * p.executed * arithmetic, (p.loaded + p.stored) * traffic) for p in each]
-    busy = schedule(times, gpu.multiprocessors)
-    return Simulation(
+    return Work(
         kernel=f"{launch.kernel.function.__module__.rpartition('.')[2]}.{launch.kernel.name}",
         blocks=_blocks(launch),
-        programs=len(each),
-        waves=len(each) / gpu.multiprocessors,
-        valid_flops=2 * sum(p.valid for p in each),
-        executed_flops=2 * sum(p.executed for p in each),
-        makespan=max(busy),
-        mean=sum(times) / gpu.multiprocessors,
-        longest_first=max(schedule(sorted(times, reverse=True), gpu.multiprocessors)),
-        l2_bytes=sum(p.loaded + p.stored for p in each),
-        memory_bytes=moved,
-        memory_seconds=moved / gpu.bytes_per_second,
-        per_multiprocessor=sorted(busy, reverse=True),
+        programs=programs(launch),
+        memory_bytes=sum(tensor.numel() * tensor.itemsize for tensor in tensors),
+        dtype=next((t.dtype for name, t in launch.arguments.items() if name == "source"), torch.float32),
+        precision=launch.constants.get("PRECISION"),
     )
+
+
+def simulate(launch: Launch | Work, gpu: GPU) -> Simulation:
+    """What the model says of ``launch`` on ``gpu``."""
+    return estimate(launch if isinstance(launch, Work) else work(launch), gpu)
 
 
 # Plans of an op ----------------------------------------------------------------------------------------------------------------
@@ -261,10 +201,17 @@ def floor(gpu: GPU, problem: ConvProblem, *others: ConvProblem) -> float:
     return max(sum(one.valid_flops for one in (problem, *others)) / flops, moved / gpu.bytes_per_second)
 
 
-def describe(op: str, problem: ConvProblem, gpu: GPU, rates: Sequence[int] = ()) -> str:
-    """The model's page on one op: every launch, and the whole beside the floor. ``aspp`` has rates."""
+def describe(op: str, problem: ConvProblem, gpu: GPU, rates: Sequence[int] = (), backend: str = "triton") -> str:
+    """The model's page on one op: every launch, and the whole beside the floor. ``aspp`` has rates.
+
+    ``backend`` is "triton" or "tensor_core". Raises ValueError where that has no launch for such a problem.
+    """
     branches = pyramid(problem, rates) if op == "aspp" else [problem]
-    planned = branch_launches(branches) if op == "aspp" else launches(op, problem)
+    planned: Sequence[Launch | Work]
+    if backend == "tensor_core":
+        planned = tensor_core_plan.works(op, problem)
+    else:
+        planned = branch_launches(branches) if op == "aspp" else launches(op, problem)
     found = [simulate(launch, gpu) for launch in planned]
     lines = [
         *(f"{op} {branch}" for branch in branches),
@@ -272,7 +219,7 @@ def describe(op: str, problem: ConvProblem, gpu: GPU, rates: Sequence[int] = ())
         f"{gpu.bytes_per_second / 1e12:.2f} TB/s); nothing was measured",
     ]
     for one in found:
-        lines.append(f"{one.kernel}, blocks {'x'.join(map(str, one.blocks))}")
+        lines.append(one.kernel + (f", blocks {'x'.join(map(str, one.blocks))}" if one.blocks else ""))
         if one.programs:
             least, most = one.per_multiprocessor[-1], one.per_multiprocessor[0]
             lines += [

@@ -1,8 +1,9 @@
-"""``python -m atrous_kernels.tune``: measures launch configurations of the Triton convolutions on this GPU, for its table.
+"""``python -m atrous_kernels.tune``: measures launch configurations of the Triton kernels on this GPU, for its table.
 
-Writes ``atrous_kernels/tuned/gpu_<model>.json``, which the kernels follow (:mod:`atrous_kernels.triton.launch_table`). Problems
-that share an entry of the table are tuned together. Candidates are those that the model of :mod:`atrous_kernels.simulate` puts
-near the best; each has to give, bit for bit, the answer of the reference on integers before it is timed. Times are medians of
+Writes ``atrous_kernels/tuned/gpu_<model>.json``, which the kernels follow (:mod:`atrous_kernels.triton.launch_table`). Calls
+(:mod:`atrous_kernels.tune_calls`) that share an entry of the table are tuned together. Candidates are those that the model of
+:mod:`atrous_kernels.simulate` puts near the best, of kernels whose programs it does not know a fixed few; each has to give the
+reference's answer before it is timed, where sums of integers are exact bit for bit. Times are medians of
 rounds in which every candidate runs once, in random order, with the L2 overwritten before each. The rule's own configuration is
 always a candidate, and stays where nothing beats it by ``LEAST_GAIN``.
 
@@ -15,7 +16,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata, util
@@ -30,12 +31,11 @@ import torch
 from torch import Tensor
 
 from atrous_kernels.gpus import GPU, GPUS, nearest_gpu
-from atrous_kernels.problem import ConvProblem
-from atrous_kernels.reference import conv2d as reference
-from atrous_kernels.simulate import OPS, arguments, launches, plan, simulate
+from atrous_kernels.simulate import simulate
 from atrous_kernels.tables import FOLDER, commit
 from atrous_kernels.triton.launch_table import RULE, Config, listen, use
 from atrous_kernels.triton.runtime import run
+from atrous_kernels.tune_calls import Call, calls
 
 MOST_CANDIDATES = 8  # beside the rule's own
 NEAR = 1.3  # times the best modelled time: no model is better than that
@@ -44,41 +44,23 @@ LEAST_GAIN = 0.03
 ROUNDS = 15
 
 
-def problems() -> list[ConvProblem]:
-    """Training batches of DeepLab, PSPNet and a ResNet behind them, the most important first."""
-    shapes = [
-        *((2048, 256, 33, 3, rate, 1) for rate in (6, 12, 18)), (2048, 256, 33, 1, 1, 1),
-        *((512, 512, 33, 3, rate, 1) for rate in (2, 4, 8, 16)),
-        *((2048, 2048, 33, 3, rate, 2048) for rate in (2, 6, 12, 18)),
-        (4096, 512, 60, 3, 1, 1), (2048, 512, 33, 1, 1, 1), (512, 2048, 33, 1, 1, 1), (256, 256, 33, 3, 1, 1),
-        (256, 256, 129, 3, 1, 256), (728, 728, 33, 3, 2, 728),
-    ]  # fmt: skip
-    return [
-        ConvProblem(
-            16, read, written, (size, size), (k, k), (1, 1), (rate * (k // 2),) * 2, (rate,) * 2, groups, dtype, "cuda", True
-        )
-        for dtype in (torch.bfloat16, torch.float16, torch.float32)
-        for read, written, size, k, rate, groups in shapes
-    ]  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Task:
     """One entry of the table, and the calls that ask for it."""
 
     kind: str
     key: str
-    calls: tuple[tuple[str, ConvProblem], ...]
+    calls: tuple[Call, ...]
 
 
-def tasks(found: Sequence[ConvProblem]) -> list[Task]:
-    """The entries that these problems and their gradients ask for, in the order in which they first do."""
-    asked: dict[tuple[str, str], list[tuple[str, ConvProblem]]] = {}
-    for problem, op in product(found, OPS):
+def tasks(found: Sequence[Call]) -> list[Task]:
+    """The entries that these calls ask for, in the order in which they first do."""
+    asked: dict[tuple[str, str], list[Call]] = {}
+    for call in found:
         with listen() as heard:
-            launches(op, problem)
-        for entry in heard:
-            asked.setdefault(entry, []).append((op, problem))
+            call.untouched()
+        for entry in dict.fromkeys(heard):
+            asked.setdefault(entry, []).append(call)
     return [Task(kind, key, tuple(calls)) for (kind, key), calls in asked.items()]
 
 
@@ -101,16 +83,32 @@ def candidates(task: Task, gpu: GPU) -> dict[Config, float]:
 def modelled(task: Task, config: Config, gpu: GPU) -> float:
     """Seconds of all the task's calls, by the model."""
     with use(task.kind, config):
-        return sum(simulate(launch, gpu).seconds for op, problem in task.calls for launch in launches(op, problem))
+        return sum(simulate(launch, gpu).seconds for call in task.calls for launch in call.untouched())
 
 
-def _fitting(task: Task, gpu: GPU) -> Iterator[Config]:
-    """Blocks whose operands fit into shared memory and whose sums fit into registers."""
-    size = task.calls[0][1].dtype.itemsize
-    if task.kind == "depthwise":
-        vectors = task.calls[0][1].channels_last
-        yield from product((8, 16, 32, 64), (32, 64, 128), (4,)) if vectors else product((128, 256, 512, 1024), (1,), (4,))
-        return
+def _fitting(task: Task, gpu: GPU) -> Iterable[Config]:
+    """Blocks whose operands fit into shared memory and whose sums fit into registers.
+
+    Of kernels whose programs the model does not know only a few: all of them are measured.
+    """
+    call = task.calls[0]
+    size = call.dtype.itemsize
+    if task.kind in ("dense", "aspp"):
+        return _products(size, gpu)
+    few: dict[str, Iterable[Config]] = {
+        "depthwise": list(product((8, 16, 32, 64), (32, 64, 128), (4,)))
+        if call.channels_last else [(pixels, 1, 4) for pixels in (128, 256, 512, 1024)],
+        "psp_conv": [(64, n, 32 if size == 2 else 16, warps) for n in (64, 128) for warps in (4, 8)],
+        "passes": [(16, 128, 4), (32, 128, 4), (64, 64, 4), (32, 64, 8), (16, 64, 4), (64, 64, 8)]
+        if call.channels_last else [(256, 4, 4), (1024, 2, 4), (1024, 4, 8), (512, 8, 8)],
+        "pooling": [(8, 64, 4), (16, 64, 4), (16, 128, 4), (16, 128, 8), (8, 256, 4)]
+        if call.channels_last else [(64, 8, 4), (256, 4, 4), (256, 8, 4)],
+        "upsample": [(512, 16), (1024, 8), (2048, 16), (512, 8)],
+    }  # fmt: skip
+    return few[task.kind]
+
+
+def _products(size: int, gpu: GPU) -> Iterator[Config]:
     for m, n, k in product((64, 128, 256), (64, 128, 256), (16, 32, 64) if size == 4 else (32, 64, 128)):
         for warps, stages in ((4, 3), (8, 3), (8, 4)):
             sums_per_thread = m * n // (32 * warps)
@@ -121,31 +119,25 @@ def _fitting(task: Task, gpu: GPU) -> Iterator[Config]:
 # On a GPU -------------------------------------------------------------------------------------------------------------------
 
 
-def operands(problem: ConvProblem, device: torch.device) -> list[Tensor]:
-    """Input, weight and output gradient of small integers: the sums of every op are exact in float32."""
-    layout = torch.channels_last if problem.channels_last else torch.contiguous_format
-    generator = torch.Generator(device).manual_seed(0)
-    return [
-        torch.randint(-2, 3, size, generator=generator, device=device).to(problem.dtype).contiguous(memory_format=layout)
-        for size in problem.sizes
-    ]
-
-
-def truth(op: str, problem: ConvProblem, tensors: Sequence[Tensor]) -> Tensor:
-    """The reference's answer in float64, rounded once to the type of the result."""
-    exact: Tensor = getattr(reference, op)(*arguments(op, problem, *(tensor.double() for tensor in tensors)))
-    return exact.to(problem.dtype)
-
-
-def wrong(op: str, problem: ConvProblem, tensors: Sequence[Tensor], expected: Tensor) -> str | None:
-    """None where the configuration in use gives ``expected`` to the bit, else what it does instead."""
-    result, planned = plan(op, problem, *tensors)
-    result.fill_(float("nan"))
+def wrong(call: Call, tensors: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
+    """None where the configuration in use gives ``expected``, within the call's tolerance, else what it does instead."""
+    results, planned = call.plan(*tensors)
+    for result in results:
+        result.fill_(float("nan") if result.is_floating_point() else -1)
     try:
-        run(planned, result.device)
-        different = int((result != expected).sum())
+        run(planned, tensors[0].device)
+        differences = [_difference(*pair, call.tolerance) for pair in zip(results, expected, strict=True)]
     except Exception as error:  # Triton has no type for what does not fit: a configuration that fails is only left out
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return next((difference for difference in differences if difference), None)
+
+
+def _difference(result: Tensor, expected: Tensor, tolerance: float) -> str | None:
+    if tolerance == 0:
+        far = result != expected
+    else:
+        far = ~((result.double() - expected.double()).abs() <= tolerance * expected.double().abs().max())  # NaN is far
+    different = int(far.sum())
     return f"{different} of {expected.numel()} values differ from the reference" if different else None
 
 
@@ -173,22 +165,22 @@ def measured(
     watch, random = Stopwatch(device), Random(0)
     totals: dict[Config, float] = dict.fromkeys(configs, 0.0)
     rejected: dict[str, str] = {}
-    for op, problem in task.calls:
-        tensors = operands(problem, device)
-        expected = truth(op, problem, tensors)
-        calls = {}
+    for call in task.calls:
+        tensors = call.filled(device)
+        expected = call.truth(*tensors)
+        prepared = {}
         for config in list(totals):
             with use(task.kind, config):
-                reason = wrong(op, problem, tensors, expected)
+                reason = wrong(call, tensors, expected)
                 if reason is not None:
-                    rejected["the rule" if config == RULE else str(list(config))] = f"{op} {problem}: {reason}"
+                    rejected["the rule" if config == RULE else str(list(config))] = f"{call}: {reason}"
                     del totals[config]
                 else:
-                    calls[config] = partial(run, plan(op, problem, *tensors)[1], device)
-        times: dict[Config, list[float]] = {config: [] for config in calls}
+                    prepared[config] = partial(run, call.plan(*tensors)[1], device)
+        times: dict[Config, list[float]] = {config: [] for config in prepared}
         for _ in range(ROUNDS):
-            for config in random.sample(list(calls), len(calls)):
-                times[config].append(watch.seconds(calls[config]))
+            for config in random.sample(list(prepared), len(prepared)):
+                times[config].append(watch.seconds(prepared[config]))
         for config, mine in times.items():
             totals[config] += median(mine)
     return totals, rejected
@@ -210,7 +202,7 @@ def entry(task: Task, totals: dict[Config, float]) -> dict[str, Any] | None:
 
 
 def tune(
-    gpu: GPU, device: torch.device | None, found: Sequence[ConvProblem], seconds: float, say: Callable[[str], None]
+    gpu: GPU, device: torch.device | None, found: Sequence[Call], seconds: float, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """The table's kernels, what was rejected, and how many entries there was no time for. Without a device: modelled."""
     started = time.monotonic()
@@ -240,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=8.0, help="start no further entry after so many; default 8")
     parser.add_argument("--dry-run", action="store_true", help="model instead of measuring; needs --output, and no GPU")
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h200", help="what a dry run models")
-    parser.add_argument("--problems", type=int, help="only the first so many problems")
+    parser.add_argument("--calls", type=int, help="only the first so many calls")
     options = parser.parse_args(argv)
     if options.dry_run:
         if options.output is None or options.output.resolve().parent == FOLDER:
@@ -252,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = torch.device("cuda", torch.cuda.current_device())
         properties = torch.cuda.get_device_properties(device)
         gpu = nearest_gpu(properties.name, (properties.major, properties.minor), properties.multi_processor_count)
-    found = tune(gpu, device, problems()[: options.problems], options.minutes * 60, lambda line: print(line, flush=True))
+    found = tune(gpu, device, calls()[: options.calls], options.minutes * 60, lambda line: print(line, flush=True))
     head = {
         "gpu": {"name": gpu.name, "capability": list(gpu.capability), "multiprocessors": gpu.multiprocessors},
         "times": "modelled, not measured" if device is None else "measured",

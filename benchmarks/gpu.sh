@@ -37,7 +37,7 @@ if [ -n "$rehearse" ]; then
   step tests 200 "$python" -m pytest -q -x tests/cuda/test_on_gpu.py tests/test_problem.py -k "on_gpu or roofline"
   step benchmark 200 env TORCHDYNAMO_DISABLE=1 BENCH_SECONDS=0.2 "$python" -m pytest -q benchmarks/bench_upsample_argmax.py \
     -k CamVid --benchmark-enable --benchmark-json="$out/upsample_argmax_rehearsal.json"
-  step tune 100 "$python" -m atrous_kernels.tune --dry-run --problems 1 --output "$out/tuned_rehearsal.json"
+  step tune 100 "$python" -m atrous_kernels.tune --dry-run --calls 2 --output "$out/tuned_rehearsal.json"
   step profile 100 "$python" -m benchmarks.profiling --small --output "$out/profile_rehearsal.txt"
   exit
 fi

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.plan``: the Triton launch plans of the GPU benchmarks' problems, modelled. Writes plan_model.json.
+"""``python -m benchmarks.plan``: the launch plans of the GPU benchmarks' problems, modelled. Writes plan_model.json.
 
 A model (:mod:`atrous_kernels.simulate`), never a measurement; a test holds the file against the launchers.
 """
@@ -9,6 +9,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from atrous_kernels import tensor_core_plan
+from atrous_kernels.gpu_model import Work
 from atrous_kernels.gpus import GPUS
 from atrous_kernels.problem import ConvProblem
 from atrous_kernels.simulate import OPS, branch_launches, floor, launches, pyramid, simulate
@@ -31,8 +33,8 @@ def problems() -> dict[str, ConvProblem]:
     return found
 
 
-def plans() -> Iterator[tuple[str, str, list[ConvProblem], list[Launch]]]:
-    """(name, op, what is computed, launches)."""
+def plans() -> Iterator[tuple[str, str, list[ConvProblem], list[Launch] | list[Work]]]:
+    """(name, op, what is computed, launches): those of Triton, then those of the CUDA kernels for tensor cores."""
     found = problems()
     for name, problem in found.items():
         for op in OPS:
@@ -40,6 +42,10 @@ def plans() -> Iterator[tuple[str, str, list[ConvProblem], list[Launch]]]:
     name, base = next((name, problem) for name, problem in found.items() if name.startswith("ASPP"))
     branches = pyramid(base, (6, 12, 18))
     yield f"{name.partition(' rate ')[0]} rates 6/12/18 and 1x1 bfloat16", "aspp", branches, branch_launches(branches)
+    for name, problem in found.items():
+        if problem.groups == 1:
+            for op in OPS:
+                yield name, op, [problem], tensor_core_plan.works(op, problem)
 
 
 def rows() -> Iterator[dict[str, Any]]:

@@ -17,6 +17,7 @@ from benchmarks.report_networks import (
     families_section,
     models_section,
     published_section,
+    refinement_section,
     training_section,
     weak_section,
 )
@@ -232,6 +233,7 @@ def plan_section() -> str:
             [
                 row["case"],
                 row["op"],
+                row["kernel"].partition(".")[0],
                 "x".join(map(str, row["blocks"])),
                 f"{row['programs']} ({h200['waves']:.2f})" if modelled else "",
                 f"{row['valid_gflop'] / row['executed_gflop']:.1%}" if modelled else "",
@@ -240,15 +242,16 @@ def plan_section() -> str:
                 *(f"{row['gpus'][gpu]['modelled_us']:.0f} / {row['gpus'][gpu]['floor_us']:.0f}" for gpu in names),
             ]
         )
-    header = ["case", "op", "blocks", "programs (waves)", "valid", "balance", "longest first"]
+    header = ["case", "op", "kernels", "blocks", "programs (waves)", "valid", "balance", "longest first"]
     header += [f"{gpu} / floor" for gpu in names]
     return f"""## Launch plans on GPUs, modelled
 
-**A model, not a measurement**: nothing here ran on a GPU. `python -m benchmarks.plan` deals the programs that the Triton
-launchers would launch to the multiprocessors of {", ".join(names.values())}, each as slow as its arithmetic at the peak or its
-L2 traffic; `python -m atrous_kernels plan` does it for any problem. Microseconds; waves, balance (average over longest-working
-multiprocessor) and *longest first* (were the programs sorted) are those of {names["h200"]}. *Valid*: share of real input in the
-arithmetic of whole blocks. The floor is that of the valid taps. What is left out is told in `atrous_kernels/simulate.py`.
+**A model, not a measurement**: nothing here ran on a GPU. `python -m benchmarks.plan` deals the programs that the launchers of
+Triton and of the CUDA kernels for tensor cores would launch to the multiprocessors of {", ".join(names.values())}, each as slow
+as its arithmetic at the peak or its L2 traffic; `python -m atrous_kernels plan` does it for any problem. Microseconds; waves,
+balance (average over longest-working multiprocessor) and *longest first* (were the programs sorted) are those of
+{names["h200"]}. *Valid*: share of real input in the arithmetic of whole blocks. The floor is that of the valid taps. What is left
+out is told in `atrous_kernels/gpu_model.py`.
 
 {table(header, cells)}
 """
@@ -265,7 +268,7 @@ def page() -> str:
     sections += [op_section(op, title) for op, title in OPS.items()]
     sections += [dispatch_section(), errors_section(), fuzz_section()]
     sections += [training_section(), families_section(), published_section(), weak_section()]
-    sections += [kernels_section(), plan_section()]
+    sections += [refinement_section(), kernels_section(), plan_section()]
     return "\n".join(section for section in sections if section)
 
 

@@ -197,3 +197,42 @@ mIoU on the {run["images"]} images of `{run["split"]}`; comparable with nothing 
 
 {table(["what the network is told", "mIoU", "mean"], cells)}
 """
+
+
+def refinement_section() -> str:
+    from benchmarks.refinement_comparison import METHODS
+
+    runs = [json.loads(path.read_text()) for path in sorted((RESULTS / "refinement").glob("*_seed*.json"))]
+    if not runs:
+        return ""
+    cells = []
+    for method, title in METHODS.items():
+        mious = [run["results"][method]["miou"] for run in runs]
+        gains = [run["results"][method]["miou"] - run["results"]["model"]["miou"] for run in runs]
+        accuracy = sum(run["results"][method]["pixel_accuracy"] for run in runs) / len(runs)
+        cells.append(
+            [
+                title,
+                ", ".join(f"{miou:.4f} (seed {run['seed']})" for miou, run in zip(mious, runs, strict=True)),
+                f"**{sum(mious) / len(mious):.4f}**",
+                f"{100 * sum(gains) / len(gains):+.2f} ({100 * min(gains):+.2f} to {100 * max(gains):+.2f})",
+                f"{accuracy:.4f}",
+            ]
+        )
+    found = "; ".join(
+        f"seed {run['seed']}: " + ", ".join(f"{name} {value:g}" for part in ("crf", "dt") for name, value in run[part].items())
+        for run in runs
+    )
+    run = runs[0]
+    return f"""## Refinement by the image
+
+The network of the ladder's last rung, trained once per seed and then left as it is, images at half size
+(`python -m benchmarks.refinement_comparison`). Widths and weights are searched on {run["searched_images"]} images of \
+`{run["split"]}`,
+mIoU is that of the other {run["images"]}. The two trained layers see {run["iterations_of_layers"]} batches of \
+{run["batch_size_of_layers"]} training crops.
+
+{table(["refinement", "mIoU", "mean", "gain in points, mean (least to most)", "pixel accuracy"], cells)}
+
+Found: {found} (pixels of the halved images, colours from 0 to 255).
+"""

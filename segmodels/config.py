@@ -1,7 +1,8 @@
 """Settings of every command: dataclasses whose fields carry type, default, bounds and explanation.
 
-A recipe is a YAML file of the same sections; ``section.key=value`` on the command line overrides it. ``--help`` and all
-error messages are made from the fields below, so they cannot drift from what the code accepts.
+A recipe is a YAML file of the same sections, perhaps on top of another one (``base: NAME``); ``section.key=value`` on the
+command line overrides it. ``--help`` and all error messages are made from the fields below, so they cannot drift from what the
+code accepts.
 """
 
 # The fields' _setting(...) only describes a field, as dataclasses.field does.
@@ -19,7 +20,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from segmodels.settings import ConfigError, as_yaml, check_ranges, check_resolved, closest, expected_text, merge, read_yaml
+from segmodels.settings import ConfigError, as_yaml, check_ranges, check_resolved, closest, expected_text, merge, read_recipe
 from segmodels.settings import setting as _setting
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -29,7 +30,7 @@ RECIPES = Path(__file__).parent / "recipes"
 class DataConfig:
     """Where the images come from and how they are augmented."""
 
-    name: str = _setting("synthetic", "data set: camvid, voc, folder or synthetic")
+    name: str = _setting("synthetic", "data set, see python -m segmodels.data list")
     root: str | None = _setting(None, "its folder; ${oc.env:NAME} reads an environment variable")
     train_split: str = _setting("train", "split to train on")
     val_split: str = _setting("val", "split of the periodic validation, of evaluate and of best.pt")
@@ -44,8 +45,12 @@ class DataConfig:
     jitter: float = _setting(0.0, "strength of the random brightness, contrast and saturation", low=0, high=1)
     hard_classes: list[str] = _setting([], "training images that show one of these classes come hard_copies times per epoch")
     hard_copies: int = _setting(2, "see hard_classes", low=2)
-    cache: bool = _setting(True, "keep decoded images in memory")
+    cache: bool = _setting(True, "keep decoded images in memory, as many as fit into half of it")
     workers: int = _setting(0, "loading processes; 0 loads in the training process", low=0)
+    on_error: str = _setting(
+        "stop", "at an unreadable training image: stop, or skip (take the next one, and count)", choices=("stop", "skip")
+    )
+    max_skipped: float = _setting(0.01, "share of the training split above which on_error=skip stops", above=0, high=1)
 
 
 @dataclass
@@ -148,6 +153,18 @@ class WeakConfig:
 
 
 @dataclass
+class DistributedConfig:
+    """Several processes, started by torchrun; see docs/scaling.md. train.batch_size is that of all of them together."""
+
+    mode: str = _setting(
+        "ddp", "ddp: every process holds the network; fsdp: a share of weights, gradients and optimiser", choices=("ddp", "fsdp")
+    )
+    sync_bn: bool = _setting(False, "batch norm over the images of all processes instead of each one's own")
+    sync_bn_processes: int = _setting(0, "with sync_bn: so many neighbours share statistics, instead of all; 0: all", low=0)
+    timeout: float = _setting(600.0, "seconds after which a process that waits for another gives up", above=0)
+
+
+@dataclass
 class EvalConfig:
     """Validation, ``evaluate`` and ``predict``."""
 
@@ -204,13 +221,14 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     weak: WeakConfig = field(default_factory=WeakConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 
 SECTIONS: dict[str, type] = {
-    "data": DataConfig, "model": ModelConfig, "train": TrainConfig, "weak": WeakConfig, "eval": EvalConfig,
-    "run": RunConfig,
+    "data": DataConfig, "model": ModelConfig, "train": TrainConfig, "weak": WeakConfig,
+    "distributed": DistributedConfig, "eval": EvalConfig, "run": RunConfig,
 }  # fmt: skip
 
 
@@ -247,7 +265,8 @@ def load_stages(
     source, sections = "the configuration", dict(recipe) if isinstance(recipe, dict) else {}
     if recipe is not None and not isinstance(recipe, dict):
         path = find_recipe(recipe)
-        source, sections = str(path), read_yaml(path, SECTIONS)
+        source, sections = str(path), read_recipe(path, SECTIONS)
+        sections.pop("paper", None)  # what it reproduces: see segmodels.reproduce
     stages = sections.pop("stages", [{}])
     if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
         raise ConfigError(f"stages={stages!r} in {source}: expected a list of sections {', '.join(SECTIONS)}")

@@ -1,7 +1,7 @@
 """``python -m segmodels.evaluate --checkpoint FILE [section.key=value ...]`` (or ``--config RECIPE`` with published weights).
 
 One confusion matrix over a split, at the images' own size: mIoU, IoU per class, accuracies as a table and as JSON. The
-settings are those of the checkpoint or of the recipe; overrides come on top.
+settings are those of the checkpoint or of the recipe; overrides come on top. Under torchrun the images are shared out.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from segmodels.engine import report
 from segmodels.engine.build import build_dataset, build_predictor, load_trained, prepare_runtime
 from segmodels.engine.checkpoints import write_json
 from segmodels.engine.cli import add_inference_flags, build_parser, flag_overrides, run_command, split_overrides
+from segmodels.engine.distributed import join
 from segmodels.engine.inference import evaluate_dataset
 from segmodels.engine.progress import Reporter, console, say
 from segmodels.engine.visualize import sheet, write_png
@@ -61,6 +62,8 @@ def evaluate(
         CheckpointError, ConfigError, DataError: the message says what is wrong with which file or setting.
     """
     model, config, raw, origin = load_trained(checkpoint, recipe, overrides)
+    processes = join(config)
+    console.quiet = not processes.first
     device = prepare_runtime(config)
     model.to(device)
     split = config.data.val_split
@@ -75,22 +78,24 @@ def evaluate(
     total = min(len(dataset), config.eval.limit or len(dataset))
     began = time.monotonic()
 
-    reporter = Reporter("evaluate", total, seconds=config.run.print_seconds)
+    reporter = Reporter("evaluate", -(-total // processes.world), seconds=config.run.print_seconds)
 
     def progress(done: int, total: int) -> bool:
-        reporter.update(done, f"{done / (time.monotonic() - began):.2f} images/s")
+        reporter.update(done, f"{done * processes.world / (time.monotonic() - began):.2f} images/s")
         return True
 
-    with reporter, atrous_kernels.backend(config.run.backend):
+    with reporter, atrous_kernels.backend(config.run.backend), processes.watching(lambda: "evaluating"):
         found = evaluate_dataset(
             build_predictor(config, model, device),
             dataset,
             limit=config.eval.limit,
             samples=config.eval.sheet,
+            part=(processes.rank, processes.world),
             progress=progress,
         )
-    assert found is not None  # progress never asks to stop
-    matrix = found.matrix
+        assert found is not None  # progress never asks to stop
+        matrix = found.matrix
+        matrix.matrix = processes.total(matrix.matrix.to(device)).cpu()
     seconds = time.monotonic() - began
     for key in ("work_dir", "resume", "overwrite"):
         raw["run"].pop(key)
@@ -106,8 +111,11 @@ def evaluate(
         "images": total,
         "seconds": round(seconds, 2),
         "images_per_second": round(total / seconds, 4),
+        "processes": processes.world,
         **matrix.to_dict(dataset.classes),
     }
+    if not processes.first:
+        return result
     console.print(matrix.table(dataset.classes, f"{config.model.name}, {config.data.name} {split}, {total} images"))
     write_json(path, result)
     say(f"wrote {path}")

@@ -19,7 +19,7 @@ from segmodels.data.files import IMAGE_SUFFIXES
 from segmodels.engine.build import build_predictor, load_trained, prepare_runtime
 from segmodels.engine.cli import add_inference_flags, build_parser, flag_overrides, run_command, split_overrides
 from segmodels.engine.progress import Reporter, complain, say
-from segmodels.engine.submission import CLASSES, check_classes, write_submission
+from segmodels.engine.submission import IDS, check_classes, write_submission
 from segmodels.engine.visualize import legend, overlay, write_png
 
 
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", metavar="DIR", required=True, help="folder of the pictures, made where missing")
     parser.add_argument("--alpha", type=float, default=0.5, help="share of the class colours in the overlay (0.5)")
     parser.add_argument("--masks", action="store_true", help="write the class ids as well, as STEM_mask.png")
-    parser.add_argument("--submission", metavar="NAME", help=f"label maps for a server instead: {', '.join(CLASSES)}")
+    parser.add_argument("--submission", metavar="NAME", help=f"label maps for a server instead: {', '.join(IDS)}")
     parser.add_argument("--attention", action="store_true", help="write how much each scale counts, as STEM_attention_SCALE.png")
     parser.add_argument("--stop-on-error", action="store_true", help="stop at the first file that cannot be read")
     parser.add_argument("inputs", nargs="+", metavar="INPUT or section.key=value", help="images, folders, lists, settings")

@@ -38,7 +38,34 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
-def read_yaml(path: Path, sections: Iterable[str]) -> dict[str, Any]:
+def read_recipe(path: Path, sections: Iterable[str], above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The sections of a recipe on top of those of its ``base``, a file beside it without ``.yaml``; and ``paper``, which says
+    what it reproduces (:mod:`segmodels.reproduce`). Lists replace lists, dictionaries are merged.
+
+    Args:
+        sections: what a configuration has, for the message.
+        above: the recipes whose base this is.
+
+    Raises:
+        ConfigError: unreadable YAML, or a base that is missing or stands on itself.
+    """
+    given = dict(_read_yaml(path, sections))
+    name = given.pop("base", None)
+    if name is None:
+        return given
+    base = path.parent / f"{name}.yaml"
+    if not base.is_file() or base in (*above, path):
+        raise ConfigError(f"{path}: its base {str(base)!r} {'stands on it' if base.is_file() else 'does not exist'}")
+    return _overlaid(read_recipe(base, sections, (*above, path)), given)
+
+
+def _overlaid(below: Any, above: Any) -> Any:
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    return below | {key: _overlaid(below.get(key), value) for key, value in above.items()}
+
+
+def _read_yaml(path: Path, sections: Iterable[str]) -> dict[str, Any]:
     try:
         given = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, OSError) as error:

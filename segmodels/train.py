@@ -1,4 +1,4 @@
-"""``python -m segmodels.train --config RECIPE [section.key=value ...]``.
+"""``python -m segmodels.train --config RECIPE [section.key=value ...]``; several processes: ``torchrun -m segmodels.train ...``.
 
 Exit codes: 0 at the end of training, 1 for an error, 128 + N after signal N (130 for Ctrl-C, 143 for SIGTERM), with
 everything saved; the same command with ``--resume`` continues. A recipe with stages trains one after the other, each from the
@@ -17,7 +17,8 @@ from segmodels.config import Config, ConfigError, load_stages
 from segmodels.engine.build import build_dataset, build_model, build_train_set, prepare_runtime, write_out_published_options
 from segmodels.engine.checkpoints import load_checkpoint
 from segmodels.engine.cli import build_parser, flag_overrides, run_command, split_overrides
-from segmodels.engine.progress import say
+from segmodels.engine.distributed import check_training, is_first, is_restart, join
+from segmodels.engine.progress import console, say
 from segmodels.engine.trainer import Trainer
 
 _OURS = ("last.pt", "best.pt", "metrics.json", "curves.png", "samples.png", "config.yaml")
@@ -32,7 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, see below")
     flags = parser.parse_intermixed_args(arguments)
     overrides, rest = split_overrides(flags.overrides)
-    overrides += flag_overrides(flags)
+    overrides += flag_overrides(flags) + (["run.resume=true"] if is_restart() else [])
+    console.quiet = not is_first()
     if rest:
         raise ConfigError(f"argument {rest[0]!r}: expected section.key=value, for example train.lr=0.02")
     recipe = flags.config
@@ -66,18 +68,22 @@ def train(config: Config, raw: dict[str, Any], work_dir: Path) -> int:
         work_dir: made where it is missing.
     """
     write_out_published_options(config, raw)
+    check_training(config)
+    processes = join(config)
     # Not part of what was computed, and true only of this call: kept out of checkpoints and reports.
     for key in ("work_dir", "resume", "overwrite"):
         raw["run"].pop(key)
-    _check_folder(work_dir, config)
+    if processes.first:
+        _check_folder(work_dir, config)
     device = prepare_runtime(config)
     train_set = build_train_set(config)
     val_set = build_dataset(config, config.data.val_split)
     prepare_runtime(config)  # again: the weights must not depend on whether a data set draws numbers
     model = build_model(config, train_set.num_classes)
-    trainer = Trainer(config, raw, work_dir, model, train_set, val_set, device)
+    with processes.watching(lambda: "setting up"):
+        trainer = Trainer(config, raw, work_dir, model, train_set, val_set, device, processes)
     work_dir.mkdir(parents=True, exist_ok=True)
-    if config.run.overwrite and not config.run.resume:
+    if config.run.overwrite and not config.run.resume and processes.first:
         _remove_outputs(work_dir)
     say(f"{config.model.name} on {train_set!r}, validation on {val_set!r}")
     last = work_dir / "last.pt"

@@ -8,10 +8,12 @@ from math import inf, isclose
 import pytest
 import torch
 
+from atrous_kernels import tensor_core_plan
 from atrous_kernels.__main__ import main
+from atrous_kernels.gpu_model import schedule
 from atrous_kernels.gpus import GPUS, nearest_gpu
 from atrous_kernels.problem import ConvProblem
-from atrous_kernels.simulate import OPS, branch_launches, floor, launches, programs, pyramid, schedule, simulate
+from atrous_kernels.simulate import OPS, branch_launches, floor, launches, programs, pyramid, simulate
 
 H200 = GPUS["h200"]
 ASPP = ConvProblem(
@@ -50,6 +52,17 @@ def test_every_program_of_the_grid_is_modelled() -> None:
     for problem, op in ((ASPP, "conv2d_weight"), (PROBLEMS["groups"], "conv2d_input"), (PROBLEMS["depthwise"], "conv2d")):
         launch = launches(op, problem)[0]
         assert len(programs(launch)) == torch.Size(launch.grid).numel()
+
+
+@pytest.mark.parametrize("rate", [2, 16])
+def test_a_weight_gradient_fills_the_gpu(rate: int) -> None:
+    """Without splits the 144 programs of block 4 would leave 120 of 132 multiprocessors idle in the second wave."""
+    problem = replace(ASPP, in_channels=512, out_channels=512, dilation=(rate, rate), padding=(rate, rate))
+    for planned in (launches("conv2d_weight", problem), tensor_core_plan.works("conv2d_weight", problem)):
+        product, adding = (simulate(launch, H200) for launch in planned)
+        assert product.balance > 0.85
+        assert product.makespan <= 1.01 * product.longest_first
+        assert adding.seconds < 0.2 * product.seconds
 
 
 def test_by_hand() -> None:
@@ -118,5 +131,9 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "floor 119.8 us" in out  # valid taps at 788 TFLOP/s
     assert main(["plan", "aspp", *shape[:4], "--gpu", "a100"]) == 0
     assert "aspp._branches" in capsys.readouterr().out
+    assert main(["plan", "conv2d_weight", *shape, "--backend", "tensor_core"]) == 0
+    assert "tensor_core.correlate_weight_tiles, blocks 128x128x32" in capsys.readouterr().out
+    assert main(["plan", "conv2d", *shape, "--backend", "tensor_core", "--contiguous"]) == 2
+    assert "expected one of conv2d" in capsys.readouterr().err
     assert main(["plan", "conv2d", "--input", "1,2,3", "--weight", "1,2,3,3"]) == 2
     assert "expected four sizes" in capsys.readouterr().err

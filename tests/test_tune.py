@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from atrous_kernels import tune
+from atrous_kernels import tune, tune_calls
 from atrous_kernels.gpus import GPUS
-from atrous_kernels.problem import ConvProblem
-from atrous_kernels.simulate import launches
 from atrous_kernels.tables import FOLDER
 from atrous_kernels.triton import launch_table
 
-SMALL = ConvProblem(2, 32, 48, (9, 9), (3, 3), padding=(4, 4), dilation=(4, 4), dtype=torch.float16, channels_last=True)
+# How many a configuration of each kind of kernel has.
+NUMBERS = {"dense": 5, "aspp": 5, "depthwise": 3, "psp_conv": 4, "passes": 3, "pooling": 3, "upsample": 2}
 
 
 def check(table: dict[str, Any]) -> None:
@@ -25,10 +24,10 @@ def check(table: dict[str, Any]) -> None:
     assert table["commit"]
     assert {"name", "capability", "multiprocessors"} <= set(table["gpu"])
     assert {"torch", "cuda", "triton"} <= set(table["versions"])
-    assert set(table["kernels"]) <= {"dense", "depthwise"}
+    assert set(table["kernels"]) <= set(NUMBERS)
     for kind, rows in table["kernels"].items():
         for row in rows.values():
-            assert len(row["config"]) == (5 if kind == "dense" else 3)
+            assert len(row["config"]) == NUMBERS[kind]
             assert row["microseconds"] <= (1 - tune.LEAST_GAIN) * row["rule_microseconds"] * 1.001  # rounded
     assert not any("the rule" in reasons for reasons in table["rejected"].values())
 
@@ -42,15 +41,34 @@ def test_shipped_tables_are_measured() -> None:
 
 def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "modelled.json"
-    assert tune.main(["--dry-run", "--gpu", "a100", "--output", str(path), "--problems", "1"]) == 0
+    assert tune.main(["--dry-run", "--gpu", "a100", "--output", str(path), "--calls", "2"]) == 0
     table = json.loads(path.read_text())
     check(table)
     assert table["times"] == "modelled, not measured"
     assert table["gpu"] == {"name": "NVIDIA A100-SXM4-80GB", "capability": [8, 0], "multiprocessors": 108}
     assert table["kernels"]["dense"]
-    assert "3/3 dense" in capsys.readouterr().out
-    tune.main(["--dry-run", "--output", str(path), "--minutes", "-1", "--problems", "1"])
-    assert json.loads(path.read_text())["not_reached"] == 3
+    assert "2/2 dense" in capsys.readouterr().out
+    tune.main(["--dry-run", "--output", str(path), "--minutes", "-1", "--calls", "2"])
+    assert json.loads(path.read_text())["not_reached"] == 2
+
+
+def test_every_kind_of_kernel_is_tuned_and_changes_with_its_configuration() -> None:
+    """What the tuner hands to a kernel is what its launches have; the rule is what they have without it."""
+    found = {}
+    for task in tune.tasks(tune_calls.calls()):
+        found.setdefault(task.kind, task)
+    assert set(found) == set(NUMBERS)
+    for kind, task in found.items():
+        others = list(tune._fitting(task, GPUS["h200"]))
+        assert {len(config) for config in others} == {NUMBERS[kind]}
+
+        def blocks(config: launch_table.Config, task: tune.Task = task) -> list[Any]:
+            with launch_table.use(task.kind, config):
+                return [(one.constants, one.num_warps, one.num_stages, one.grid) for one in task.calls[0].untouched()]
+
+        plain = [(one.constants, one.num_warps, one.num_stages, one.grid) for one in task.calls[0].untouched()]
+        assert blocks(launch_table.RULE) == plain
+        assert any(blocks(config) != plain for config in others[:4]), kind
 
 
 @pytest.mark.parametrize("arguments", [[], ["--output", str(FOLDER / "gpu_h200.json")]])
@@ -61,7 +79,7 @@ def test_a_model_never_becomes_a_shipped_table(arguments: list[str], capsys: pyt
 
 
 def test_candidates_fit_the_chip_and_the_rule_is_one() -> None:
-    (forward, *_) = tune.tasks(tune.problems()[:1])
+    (forward, *_) = tune.tasks(list(tune_calls.convolutions(tune_calls.conv_problems(torch.bfloat16)[0])))
     for gpu in GPUS.values():
         found = tune.candidates(forward, gpu)
         assert launch_table.RULE in found
@@ -71,7 +89,7 @@ def test_candidates_fit_the_chip_and_the_rule_is_one() -> None:
             assert (m + n) * k * 2 * stages <= gpu.shared_bytes
             assert m * n <= 128 * 32 * warps
             with launch_table.use("dense", config):
-                constants = launches(*forward.calls[0])[0].constants
+                constants = forward.calls[0].untouched()[0].constants
             assert (constants["BLOCK_M"], constants["BLOCK_N"], constants["BLOCK_K"]) == (m, n, k)
 
 

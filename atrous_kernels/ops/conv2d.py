@@ -514,7 +514,7 @@ for _name, _framework, _framework_can_run in (
             Implementation("winograd", getattr(winograd, _name), winograd.can_run, _winograd_loses),
             Implementation("cpu", _cpu, _cpu_can_run, _cpu_loses),
             Implementation("triton", getattr(triton, _name), triton.can_run, gpu_unmeasured),
-            Implementation("tensor_core", getattr(tensor_core, _name), tensor_core.can_run(_name), gpu_unmeasured),
+            Implementation("tensor_core", getattr(tensor_core, _name), tensor_core.can_run, gpu_unmeasured),
             Implementation("cuda", _native, cuda_can_run, gpu_unmeasured),
             Implementation("torch", _framework, _framework_can_run, _always),
             Implementation("reference", getattr(reference, _name), _always, _last_resort),

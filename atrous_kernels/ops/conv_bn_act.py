@@ -122,6 +122,7 @@ def _native(
         and geometry[3] == 1
         and weight.shape[0] % 16 == 0
         and conv.is_channels_last(residual)
+        and residual.is_contiguous(memory_format=torch.channels_last)  # which a subsampled shortcut is not
         and conv.layout_of(input, weight) is torch.channels_last
     )
     bounds = BOUNDS[activation if residual is None or beside else "none"]

@@ -125,7 +125,7 @@ def plan_aspp_branches(
     channels = sum(widths)
     target = new_tensor((batch, channels, *size), input, *weights)
     block_m, block_n, block_k, num_warps, num_stages = tile_config(
-        (input, *weights), batch * size[0] * size[1], max(widths), channels_read
+        (input, *weights), batch * size[0] * size[1], max(widths), channels_read, "aspp"
     )
     if epilogue.is_heavy:
         num_warps = 8 if block_m * block_n >= 64 * 64 else num_warps

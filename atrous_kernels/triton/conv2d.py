@@ -222,9 +222,9 @@ def _weight_blocks(weight: Tensor, block: tuple[int, int]) -> Blocks | None:
 # Weight gradient ------------------------------------------------------------------------------------------------------
 
 
-@kernel(do_not_specialize=["taps", "batch", "out_blocks", "in_blocks", "split_stride"])
+@kernel(do_not_specialize=["taps", "batch", "out_blocks", "in_blocks", "splits", "split_stride"])
 def _correlate_weight(
-    source, grad, target, table, taps, batch, out_blocks, in_blocks, split_stride,
+    source, grad, target, table, taps, batch, out_blocks, in_blocks, splits, split_stride,
     out_channels, in_channels,  # both per group
     source_n, source_c, source_h, source_w,
     grad_n, grad_c, grad_h, grad_w,
@@ -235,11 +235,13 @@ def _correlate_weight(
 ):  # fmt: skip
     """[BLOCK_M out channels, BLOCK_N in channels] of one tap, summed over one split of the pixels it is valid on.
 
-    The grid is (taps x out blocks x in blocks, splits, groups). ``target`` has one part per split, ``split_stride`` apart.
+    The grid is (taps x splits x out blocks x in blocks, groups): the longest programs first, those that read the same beside
+    each other. ``target`` has one part per split, ``split_stride`` apart.
     """
     block = tl.program_id(0)
-    entry = table + block // (out_blocks * in_blocks)
-    group = tl.program_id(2).to(tl.int64)
+    split = block // (out_blocks * in_blocks) % splits
+    entry = table + block // (out_blocks * in_blocks) // splits
+    group = tl.program_id(1).to(tl.int64)
     out = (block // in_blocks % out_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_ = (block % in_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.load(entry + 2 * taps)
@@ -254,8 +256,8 @@ def _correlate_weight(
     area = rows * cols
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     steps = tl.cdiv(batch * area, BLOCK_K)
-    steps_per_split = tl.cdiv(steps, tl.num_programs(1))
-    first_step = tl.program_id(1) * steps_per_split
+    steps_per_split = tl.cdiv(steps, splits)
+    first_step = split * steps_per_split
     for step in range(first_step, tl.minimum(first_step + steps_per_split, steps)):
         pixel = step * BLOCK_K + tl.arange(0, BLOCK_K)
         image = (pixel // area).to(tl.int64)
@@ -278,7 +280,7 @@ def _correlate_weight(
 
     tap_row = tl.load(entry).to(tl.int64)
     tap_col = tl.load(entry + taps).to(tl.int64)
-    target_tap = target + tl.program_id(1).to(tl.int64) * split_stride + tap_row * target_h + tap_col * target_w
+    target_tap = target + split.to(tl.int64) * split_stride + tap_row * target_h + tap_col * target_w
     offsets = (group * out_channels + out)[:, None] * target_o + in_.to(tl.int64)[None, :] * target_i
     tl.store(
         target_tap + offsets,
@@ -297,13 +299,14 @@ def _weight_correlation(source: Tensor, grad: Tensor, target: Tensor, axes: Axes
     taps = table.shape[1]
     out_blocks, in_blocks = -(-out_channels // block_m), -(-in_channels // block_n)
     programs = taps * out_blocks * in_blocks
-    splits = split_count(programs * groups, -(-pixels // block_k))
+    # A part is written and read in float32: about as many bytes as four steps of a square block load, the reading from farther.
+    splits = split_count(axes, batch, block_k, out_blocks * in_blocks * groups, resident=1, adding=6)
     # The parts repeat the layout of the target, so that adding them is one pass over flat memory.
     parts = target if splits == 1 else target.new_empty((splits, target.numel()), dtype=torch.float32)
     target_o, target_i, target_h, target_w = target.stride()
     arguments = {
         "source": source, "grad": grad, "target": parts, "table": table, "taps": taps, "batch": batch,
-        "out_blocks": out_blocks, "in_blocks": in_blocks, "split_stride": target.numel(),
+        "out_blocks": out_blocks, "in_blocks": in_blocks, "splits": splits, "split_stride": target.numel(),
         "out_channels": out_channels, "in_channels": in_channels,
         **strides("source", source), **strides("grad", grad),
         "target_o": target_o, "target_i": target_i, "target_h": target_h, "target_w": target_w,
@@ -314,7 +317,7 @@ def _weight_correlation(source: Tensor, grad: Tensor, target: Tensor, axes: Axes
         **dot_constants(source.dtype),
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
     }  # fmt: skip
-    launches = [Launch(_correlate_weight, (programs, splits, groups), arguments, constants, num_warps, num_stages)]
+    launches = [Launch(_correlate_weight, (programs * splits, groups), arguments, constants, num_warps, num_stages)]
     if splits > 1:
         launches.append(sum_splits(parts, target))
     return launches
@@ -323,8 +326,10 @@ def _weight_correlation(source: Tensor, grad: Tensor, target: Tensor, axes: Axes
 # Launching ------------------------------------------------------------------------------------------------------------
 
 
-def tile_config(tensors: Sequence[Tensor], rows: int, cols: int, reduced: int) -> tuple[int, int, int, int, int]:
-    """(BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) of a product [rows, reduced] x [reduced, cols].
+def tile_config(
+    tensors: Sequence[Tensor], rows: int, cols: int, reduced: int, kind: str = "dense"
+) -> tuple[int, int, int, int, int]:
+    """(BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) of a product [rows, reduced] x [reduced, cols]; ``kind`` of kernel.
 
     Where channels are neighbours in memory, loads are asynchronous 16-byte copies. Elsewhere every element needs an
     address and a register of its own, so tiles are smaller. A measured table goes before these rules.
@@ -337,7 +342,7 @@ def tile_config(tensors: Sequence[Tensor], rows: int, cols: int, reduced: int) -
     else:
         rule = (128, 128, 64, 8, 3) if vectors else (64, 64, 32, 4, 3)
     how = f"{dot_precision(dtype)} {'vectors' if vectors else 'elements'}"
-    most_m, most_n, most_k, warps, stages = launch_table.choose("dense", tensors[0], how, (rows, cols, reduced), rule)
+    most_m, most_n, most_k, warps, stages = launch_table.choose(kind, tensors[0], how, (rows, cols, reduced), rule)
     # A matrix instruction needs 16 along every axis; more than the problem has would only be masked away.
     block_m, block_n = power_of_two(rows, 16, most_m), power_of_two(cols, 16, most_n)
     return block_m, block_n, power_of_two(reduced, 16, most_k), warps if block_m * block_n >= 64 * 64 else 4, stages

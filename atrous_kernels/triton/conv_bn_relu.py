@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from atrous_kernels.triton import launch_table
 from atrous_kernels.triton.conv2d import plan_finished
 from atrous_kernels.triton.epilogue import Epilogue, bounds, hold, merge_moments, new_statistics
 from atrous_kernels.triton.runtime import Launch, kernel, power_of_two, run
@@ -168,20 +169,25 @@ def _lie_alike(a: Tensor, b: Tensor) -> bool:
 
 
 class _Cover:
-    """How a dense [N, C, H, W] tensor is cut into matrices [pixels, channels], and these into blocks: the place to tune."""
+    """How a dense [N, C, H, W] tensor is cut into matrices [pixels, channels], and these into blocks.
+
+    A measured table goes before the rule; ``reduced``: to sums over pixels.
+    """
 
     def __init__(self, tensor: Tensor, reduced: bool) -> None:
         batch, self.channels, height, width = tensor.shape
         if tensor.is_contiguous(memory_format=torch.channels_last):
             matrices, self.pixels = 1, batch * height * width
             self.strides = {"stride_m": 0, "stride_p": self.channels, "stride_c": 1}
-            most_p, most_c = 32, 64
+            layout, rule = "vectors", (32, 64, 4)
         elif tensor.is_contiguous():
             matrices, self.pixels = batch, height * width
             self.strides = {"stride_m": self.channels * self.pixels, "stride_p": 1, "stride_c": self.pixels}
-            most_p, most_c = 512, 4
+            layout, rule = "planes", (512, 4, 4)
         else:
             raise ValueError(f"expected dense NCHW or NHWC memory, but got strides {tensor.stride()} of {list(tensor.shape)}")
+        how = f"{'sums' if reduced else 'maps'} {layout}"
+        most_p, most_c, self.warps = launch_table.choose("passes", tensor, how, (self.pixels, self.channels), rule)
         block_p, block_c = power_of_two(self.pixels, 1, most_p), power_of_two(self.channels, 1, most_c)
         self.blocks = 1
         channel_blocks = -(-self.channels // block_c)
@@ -204,7 +210,7 @@ class _Cover:
         sizes = {"pixels": self.pixels, "channels": self.channels, "stretches": self.stretches}
         if "blocks" in kernel.do_not_specialize:
             sizes["blocks"] = self.blocks
-        return Launch(kernel, self.grid, {**tensors, **sizes, **self.strides}, {**constants, **self.constants})
+        return Launch(kernel, self.grid, {**tensors, **sizes, **self.strides}, {**constants, **self.constants}, self.warps)
 
 
 def plan_batch_norm_statistics(input: Tensor) -> tuple[tuple[Tensor, Tensor], list[Launch]]:

@@ -105,9 +105,9 @@ def correlation(
     return [Launch(_correlate, (tiles * channel_blocks,), arguments, constants, num_warps), *merging]
 
 
-@kernel(do_not_specialize=["taps", "batch", "channel_blocks", "channels", "split_stride"])
+@kernel(do_not_specialize=["taps", "batch", "channel_blocks", "channels", "splits", "split_stride"])
 def _correlate_weight(
-    source, grad, target, table, taps, batch, channel_blocks, channels, split_stride,
+    source, grad, target, table, taps, batch, channel_blocks, channels, splits, split_stride,
     multiplier,
     source_n, source_c, source_h, source_w,
     grad_n, grad_c, grad_h, grad_w,
@@ -115,9 +115,10 @@ def _correlate_weight(
     stride_h, stride_w,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_C channels of one tap, summed over one split of its pixels; the grid is (taps x channel blocks, splits)."""
+    """BLOCK_C channels of one tap, summed over one split of its pixels; the grid is taps x splits x channel blocks."""
     block = tl.program_id(0)
-    entry = table + block // channel_blocks
+    split = block // channel_blocks % splits
+    entry = table + block // channel_blocks // splits
     channel = (block % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     exists = channel < channels
     channel = channel.to(tl.int64)
@@ -131,8 +132,8 @@ def _correlate_weight(
     area = rows * cols
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     last = tl.cdiv(batch * area, BLOCK_P)
-    steps_per_split = tl.cdiv(last, tl.num_programs(1))
-    first_step = tl.program_id(1) * steps_per_split
+    steps_per_split = tl.cdiv(last, splits)
+    first_step = split * steps_per_split
     for step in range(first_step, tl.minimum(first_step + steps_per_split, last)):
         pixel = step * BLOCK_P + tl.arange(0, BLOCK_P)
         image = (pixel // area).to(tl.int64)
@@ -148,7 +149,7 @@ def _correlate_weight(
 
     tap_row = tl.load(entry).to(tl.int64)
     tap_col = tl.load(entry + taps).to(tl.int64)
-    target_tap = target + tl.program_id(1).to(tl.int64) * split_stride + tap_row * target_h + tap_col * target_w
+    target_tap = target + split.to(tl.int64) * split_stride + tap_row * target_h + tap_col * target_w
     tl.store(target_tap + channel * target_o, tl.sum(total, axis=0).to(target.dtype.element_ty), mask=exists)
 
 
@@ -159,20 +160,22 @@ def weight_correlation(source: Tensor, grad: Tensor, target: Tensor, axes: Axes,
     block_p, block_c, num_warps = _config(grad, pixels, sums=True)
     table = tap_table(axes, source.device)
     taps, channel_blocks = table.shape[1], -(-channels // block_c)
-    splits = split_count(taps * channel_blocks, -(-pixels // block_p))
+    # Loads are all that a step does, so several programs have to wait for theirs at a time; a part is a row of a block.
+    splits = split_count(axes, batch, block_p, channel_blocks, resident=8, adding=1)
     # The parts repeat the layout of the target, so that adding them is one pass over flat memory.
     parts = target if splits == 1 else target.new_empty((splits, target.numel()), dtype=torch.float32)
     target_o, _, target_h, target_w = target.stride()
     arguments = {
         "source": source, "grad": grad, "target": parts, "table": table, "taps": taps, "batch": batch,
-        "channel_blocks": channel_blocks, "channels": channels, "split_stride": target.numel(),
+        "channel_blocks": channel_blocks, "channels": channels, "splits": splits,
+        "split_stride": target.numel(),
         "multiplier": channels // groups,
         **strides("source", source), **strides("grad", grad),
         "target_o": target_o, "target_h": target_h, "target_w": target_w,
         "stride_h": axes[0][3], "stride_w": axes[1][3],
     }  # fmt: skip
     constants = {"BLOCK_P": block_p, "BLOCK_C": block_c}
-    launches = [Launch(_correlate_weight, (taps * channel_blocks, splits), arguments, constants, num_warps)]
+    launches = [Launch(_correlate_weight, (taps * channel_blocks * splits,), arguments, constants, num_warps)]
     if splits > 1:
         launches.append(sum_splits(parts, target))
     return launches

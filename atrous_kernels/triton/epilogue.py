@@ -77,7 +77,8 @@ def _merge_moments(parts, mean, moment, rows, channels, BLOCK_R: tl.constexpr, B
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     exists = channel < channels
     index = tl.arange(0, BLOCK_R)
-    pivot = tl.load(parts + channels + channel, mask=exists & (rows > 0), other=0.0)
+    # A condition on a scalar alone would be no mask: the interpreter of Triton 3.9 refuses what it becomes as a block.
+    pivot = tl.load(parts + channels + channel, mask=channel < tl.where(rows > 0, channels, 0), other=0.0)
     counts = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     shares = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for first in range(0, rows, BLOCK_R):

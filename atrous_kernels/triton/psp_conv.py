@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from atrous_kernels.triton import launch_table
 from atrous_kernels.triton.conv2d import dot_constants
-from atrous_kernels.triton.runtime import Launch, kernel, new_tensor, power_of_two, run, strides
+from atrous_kernels.triton.runtime import Launch, dot_precision, kernel, new_tensor, power_of_two, run, strides
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -62,8 +63,10 @@ def plan_add_upsampled(input: Tensor, products: Tensor, rows: Tensor, columns: T
     terms = rows.shape[1]
     output = new_tensor(input.shape, input)
     # Exact products keep their operands in registers: smaller blocks.
-    most_n, most_k = (64, 16) if input.dtype.itemsize == 4 else (128, 32)
-    block_m, block_n = power_of_two(width, 16, 64), power_of_two(channels, 16, most_n)
+    rule = (64, 64, 16, 4) if input.dtype.itemsize == 4 else (64, 128, 32, 4)
+    how, sizes = dot_precision(input.dtype), (width, channels, terms)
+    most_m, most_n, most_k, warps = launch_table.choose("psp_conv", input, how, sizes, rule)
+    block_m, block_n = power_of_two(width, 16, most_m), power_of_two(channels, 16, most_n)
     stretches = -(-width // block_m)
     arguments = {
         "input": input, "products": products, "rows": rows, "columns": columns, "output": output,
@@ -73,7 +76,8 @@ def plan_add_upsampled(input: Tensor, products: Tensor, rows: Tensor, columns: T
     constants = {
         **dot_constants(input.dtype), "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": power_of_two(terms, 16, most_k),
     }  # fmt: skip
-    return output, [Launch(_add_upsampled, (batch * height * stretches, -(-channels // block_n)), arguments, constants)]
+    grid = (batch * height * stretches, -(-channels // block_n))
+    return output, [Launch(_add_upsampled, grid, arguments, constants, warps)]
 
 
 def add_upsampled(input: Tensor, products: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from atrous_kernels.triton import launch_table
 from atrous_kernels.triton.runtime import Launch, kernel, power_of_two, run, strides
 
 if TYPE_CHECKING:
@@ -48,21 +49,26 @@ def _united(value, at, MAXIMUM: tl.constexpr):
     return result, pixel
 
 
+@kernel()
+def _cell(table, cells, channels, channel_blocks, BLOCK_C: tl.constexpr):
+    """The cell and image of a program; the cell's first row and column, columns and pixels; the program's channels and which of
+    them exist."""
+    block = tl.program_id(0)
+    cell = block // channel_blocks % cells
+    image = (block // channel_blocks // cells).to(tl.int64)
+    cols = tl.load(table + 3 * cells + cell)
+    area = tl.load(table + 2 * cells + cell) * cols
+    channel = block % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    return cell, image, tl.load(table + cell), tl.load(table + cells + cell), cols, area, channel, channel < channels
+
+
 @kernel(do_not_specialize=["cells", "channels", "channel_blocks"])
 def _pool_cells(
     input, sums, pixels, table, cells, channels, channel_blocks, width, input_n, input_c, input_h, input_w,
     MAXIMUM: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_C channels of one cell into ``sums`` [N, cells, C] and, for the maximum, its pixel into ``pixels``."""
-    block = tl.program_id(0)
-    cell = block // channel_blocks % cells
-    image = (block // channel_blocks // cells).to(tl.int64)
-    row = tl.load(table + cell)
-    col = tl.load(table + cells + cell)
-    cols = tl.load(table + 3 * cells + cell)
-    area = tl.load(table + 2 * cells + cell) * cols
-    channel = block % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    exists = channel < channels
+    cell, image, row, col, cols, area, channel, exists = _cell(table, cells, channels, channel_blocks, BLOCK_C)
     source = input + image * input_n + (channel.to(tl.int64) * input_c)[None, :]
     if MAXIMUM:
         value = tl.full((BLOCK_P, BLOCK_C), float("-inf"), tl.float32)
@@ -139,17 +145,9 @@ def _gather(
     MAXIMUM: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_C channels of one cell's pixels: the shares of the bins that the cell lies in, named by ``members``."""
-    block = tl.program_id(0)
-    cell = block // channel_blocks % cells
-    image = (block // channel_blocks // cells).to(tl.int64)
-    row = tl.load(table + cell)
-    col = tl.load(table + cells + cell)
-    cols = tl.load(table + 3 * cells + cell)
-    area = tl.load(table + 2 * cells + cell) * cols
+    cell, image, row, col, cols, area, channel, exists = _cell(table, cells, channels, channel_blocks, BLOCK_C)
     begin = tl.load(table + 4 * cells + cell)
     count = tl.load(table + 5 * cells + cell)
-    channel = block % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    exists = channel < channels
     channel = channel.to(tl.int64)
     grads = grad + image * grad_n + channel * grad_c
     share = tl.zeros((BLOCK_C,), tl.float32)
@@ -252,7 +250,7 @@ def plan_pyramid_pool(input: Tensor, bins: Ints, maximum: bool) -> tuple[tuple[T
     index = input.new_empty(output.shape if maximum else (0,), dtype=torch.int64)
     sums = input.new_empty((batch, cells, channels), dtype=torch.float32)
     pixels = torch.empty_like(sums, dtype=torch.int32) if maximum else None
-    block_p, block_c = _blocks(input)
+    block_p, block_c, warps = _blocks(input, "pool", maximum)
     channel_blocks = -(-channels // block_c)
     sizes = {"cells": cells, "channels": channels, "channel_blocks": channel_blocks}
     pooling = {
@@ -267,8 +265,8 @@ def plan_pyramid_pool(input: Tensor, bins: Ints, maximum: bool) -> tuple[tuple[T
         "table": plan.bins, "members": plan.cells_of, **sizes, "bins": count, "channel_blocks": united_blocks,
     }  # fmt: skip
     return (output, index), [
-        Launch(_pool_cells, (batch * cells * channel_blocks,), pooling, constants),
-        Launch(_unite_cells, (batch * count * united_blocks,), uniting, {**constants, "BLOCK_P": 16, "BLOCK_C": united_c}),
+        Launch(_pool_cells, (batch * cells * channel_blocks,), pooling, constants, warps),
+        Launch(_unite_cells, (batch * count * united_blocks,), uniting, {**constants, "BLOCK_P": 8, "BLOCK_C": united_c}),
     ]
 
 
@@ -281,7 +279,7 @@ def plan_pyramid_pool_input(
     batch, channels, *size = input_size
     plan = plan_of((size[0], size[1]), tuple(bins), grad.device)
     cells, count = plan.cells.shape[1], plan.bins.shape[1]
-    block_p, block_c = _blocks(target)
+    block_p, block_c, warps = _blocks(target, "spread", maximum)
     channel_blocks = -(-channels // block_c)
     of_index = index.stride() if maximum else (None,) * 3
     arguments = {
@@ -293,14 +291,20 @@ def plan_pyramid_pool_input(
         **strides("target", target),
     }  # fmt: skip
     constants = {"MAXIMUM": maximum, "BLOCK_P": block_p, "BLOCK_C": block_c}
-    return target, [Launch(_gather, (batch * cells * channel_blocks,), arguments, constants)]
+    return target, [Launch(_gather, (batch * cells * channel_blocks,), arguments, constants, warps)]
 
 
-def _blocks(tensor: Tensor) -> tuple[int, int]:
-    """(pixels, channels) per block, so that neighbouring threads read neighbours: the place to tune."""
-    if tensor.stride(1) == 1:
-        return 8, power_of_two(tensor.shape[1], 1, 128)
-    return 128, power_of_two(tensor.shape[1], 1, 8)
+def _blocks(tensor: Tensor, direction: str, maximum: bool) -> tuple[int, int, int]:
+    """(pixels of a cell, channels, warps) of a block, so that neighbouring threads read neighbours.
+
+    A measured table goes before the rule. ``direction`` is "pool" or "spread".
+    """
+    vectors = tensor.stride(1) == 1
+    how = f"{direction} {'maximum' if maximum else 'average'} {'vectors' if vectors else 'elements'}"
+    rule = (8, 128, 4) if vectors else (128, 8, 4)
+    pixels, channels = tensor.shape[0] * tensor.shape[2] * tensor.shape[3], tensor.shape[1]
+    block_p, most_c, warps = launch_table.choose("pooling", tensor, how, (pixels, channels), rule)
+    return block_p, power_of_two(channels, 1, most_c), warps
 
 
 def pyramid_pool(input: Tensor, bins: Ints, maximum: bool) -> tuple[Tensor, Tensor]:

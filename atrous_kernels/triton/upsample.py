@@ -9,9 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from atrous_kernels.problem import UpsampleProblem
+from atrous_kernels.triton import launch_table
 from atrous_kernels.triton.runtime import MAX_PIXELS, kernel, power_of_two, unavailable
 
 if TYPE_CHECKING:
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
 
 MAX_CLASSES = 1024  # one column of pixels then fills the registers of a warp
 _ELEMENTS = 1024  # classes x columns of a program: 32 for each thread of its warp
+_ROWS = 16  # of a program, at most
 _PROGRAMS = 1056  # two for each scheduler of 132 multiprocessors
 
 
@@ -96,8 +101,23 @@ class UpsampleTiles:
         }  # fmt: skip
 
 
+def tiles_of(logits: Tensor, out_size: Sequence[int], align_corners: bool) -> UpsampleTiles:
+    """:func:`upsample_tiles` of logits [N, C, h, w] for the loss; a measured table goes before the rule."""
+    batch, classes, *in_size = logits.shape
+    layout = "vectors" if logits.stride(1) == 1 else "elements"
+    sizes = (classes, batch * prod(in_size), batch * prod(out_size))
+    elements, rows = launch_table.choose("upsample", logits, f"loss {layout}", sizes, (_ELEMENTS, _ROWS))
+    return upsample_tiles(batch, classes, in_size, out_size, align_corners, elements, rows)
+
+
 def upsample_tiles(
-    batch: int, classes: int, in_size: Sequence[int], out_size: Sequence[int], align_corners: bool
+    batch: int,
+    classes: int,
+    in_size: Sequence[int],
+    out_size: Sequence[int],
+    align_corners: bool,
+    elements: int = _ELEMENTS,
+    most_rows: int = _ROWS,
 ) -> UpsampleTiles:
     """How the pixels of an upsampled [batch, classes, *in_size] are shared out."""
     block, tail = _largest_power(classes), 0
@@ -106,9 +126,9 @@ def upsample_tiles(
     if tail == block:
         block, tail = 2 * block, 0
     # A thread keeps all classes of one column, so that sums over classes need no other thread, or shares them with few.
-    across = min(32, _largest_power(_ELEMENTS // (block + tail)))
+    across = min(32, _largest_power(max(elements // (block + tail), 1)))
     columns = upsample_axis(in_size[1], out_size[1], align_corners, across)
-    for height in (16, 8, 4):  # fewer rows where programs are few
+    for height in (most_rows, most_rows // 2, most_rows // 4):  # fewer rows where programs are few
         rows = upsample_axis(in_size[0], out_size[0], align_corners, height)
         tiles = UpsampleTiles(batch, rows, columns, across // columns.width, block, tail)
         if tiles.programs >= _PROGRAMS:
@@ -131,8 +151,8 @@ def can_run(problem: UpsampleProblem) -> str | None:
         if (small + 64) * (large + 64) >= 2**30:
             return f"positions are products in 32 bits, and {small} x {large} along an axis are too many"
     programs = upsample_tiles(problem.batch, problem.classes, problem.in_size, problem.out_size, False).programs
-    if programs >= 2**31:
-        return f"{programs} programs are more than a grid holds"
+    if programs >= 2**29:  # a quarter of the grid's limit: a measured table may ask for smaller tiles
+        return f"{programs} programs are more than {2**29}"
     return unavailable(problem.device_type, problem.dtype)
 
 

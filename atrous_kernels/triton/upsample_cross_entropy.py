@@ -26,7 +26,7 @@ from atrous_kernels.triton.upsample import (
     load_columns,
     load_tile,
     locate,
-    upsample_tiles,
+    tiles_of,
 )
 
 if TYPE_CHECKING:
@@ -107,12 +107,15 @@ def _loss(
 
     target += image * target_n + first_row.to(tl.int64) * target_h + column.to(tl.int64) * target_w
     pixel = (image * rows_n_out + first_row) * columns_n_out + column
-    next_label = tl.load(target, mask=inside & (rows > 0), other=0)
+    # Rows as a block: the interpreter of Triton 3.9 refuses masks made of a condition on scalars.
+    ahead = tl.zeros_like(column)
+    next_label = tl.load(target, mask=inside & (ahead < rows), other=0)
     for row in range(rows):
         share = row_share + row * row_rate
         label = next_label.to(tl.int64)
         target += target_h
-        next_label = tl.load(target, mask=inside & (row + 1 < rows), other=0)  # arrives while this row is worked on
+        ahead += 1
+        next_label = tl.load(target, mask=inside & (ahead < rows), other=0)  # arrives while this row is worked on
         counted = inside & (label != ignore_index)
         wrong = counted & ((label < 0) | (label >= classes))
         label = tl.where(counted, tl.where(wrong, 0, label), -1).to(tl.int32)
@@ -281,8 +284,8 @@ def plan(
     with_gradient: bool,
 ) -> tuple[Results, list[Launch]]:
     """The unwritten results and the launches that write them; ``scale`` [N, H, W] multiplies loss and gradient of a pixel."""
-    batch, classes, height, width = logits.shape
-    tiles = upsample_tiles(batch, classes, (height, width), target.shape[1:], align_corners)
+    batch, classes = logits.shape[:2]
+    tiles = tiles_of(logits, target.shape[1:], align_corners)
 
     def new(*size: int) -> Tensor:
         return torch.empty(size, dtype=torch.float32, device=logits.device)

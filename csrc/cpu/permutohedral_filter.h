@@ -4,6 +4,8 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
+#include <vector>
 
 #include "permutohedral_kernels.h"
 #include "runtime.h"
@@ -24,23 +26,48 @@ template <class T> struct LatticeView {
   T scale() const { return 1 / (1 + 1 / static_cast<T>(int64_t{1} << (corners - 1))); }
 };
 
-// Values of the vertices, and room for blurring them: rows of `channels`, one of zeros at the end for absent neighbours.
-template <class T> class VertexValues {
+// The vertices along every axis, as BlurChains takes them: those with a neighbour, each behind the one before it.
+class LatticeChains {
  public:
-  VertexValues(const LatticeView<T>& lattice, int64_t channels);
-  T* values() const { return now_; }
+  LatticeChains(const int32_t* neighbours, int64_t corners, int64_t vertices);
+  const int32_t* order(int64_t axis) const { return order_.as<int32_t>() + axis * vertices_; }
+  int64_t count(int64_t axis) const { return count_[axis]; }
 
-  // Blurred values of the vertices from values of the points. reverse: the axes in reverse order, which is the adjoint.
-  // scale: what the result is multiplied by, per channel, or null. point_scale: the same of the input, per point.
-  void fill(const T* points, bool reverse, const T* scale, const T* point_scale = nullptr);
-
-  // values() times a matrix [channels, channels].
-  void mix(const T* matrix);
+  // Whether the chains are short. Long ones, as of a regular grid, stride through memory: blurring row after row is faster there.
+  static bool worthwhile(const int32_t* neighbours, int64_t corners, int64_t vertices);
 
  private:
+  int64_t vertices_;
+  Scratch order_;
+  std::vector<int64_t> count_;
+};
+
+// Values of the vertices: rows of `channels`.
+template <class T> class VertexValues {
+ public:
+  // repeated: filled more than once or twice. Finding the chains then pays, and blurring needs no second set of rows.
+  VertexValues(const LatticeView<T>& lattice, int64_t channels, bool repeated);
+  T* values() const { return now_; }
+
+  // Blurred values of the vertices, in rows of `channels`, at most those of the constructor, from values of the points, in rows of
+  // `stride`. reverse: the axes in reverse order, which is the adjoint. factor: what the result is multiplied by, per channel, or
+  // null. point_scale: the same of the input, per point.
+  void fill(const T* points, int64_t stride, int64_t channels, bool reverse, const T* factor, const T* point_scale = nullptr);
+
+  // values() times a matrix [channels, channels], which are those of the last fill().
+  void mix(const T* matrix);
+
+  // Bytes per vertex and channel.
+  static int64_t bytes(const LatticeView<T>& lattice, bool repeated);
+
+ private:
+  void blur(int64_t axis);
+
   LatticeView<T> lattice_;
   int64_t channels_;
-  Scratch first_, second_;
+  std::optional<LatticeChains> chains_;
+  Scratch first_;
+  std::optional<Scratch> second_;  // without chains; rows of neighbours that are absent are zeros at the end
   T *now_, *next_;
 };
 

@@ -7,23 +7,34 @@
 
 namespace atrous::cpu {
 
-// dst[r] = sum over the terms k of row r of weight[k] * scale[index[k]] * src[index[k]]: points into vertices, and back.
+// dst[r] = factor * sum over the terms k of row r of weight[k] * scale[index[k]] * src[index[k]]: points into vertices, and back.
 template <class T> struct WeightedRows {
   int64_t first, last;   // rows
   const int64_t* begin;  // of every row's terms; null: row r has `terms` from r * terms on
   int64_t terms;
   const int32_t* index;
   const T *weight, *scale, *src;  // scale: one per row of src, or null
+  int64_t src_stride;             // between its rows
+  const T* factor;                // one per channel, or null
   T* dst;
   int64_t channels;
 };
 
-// dst[r] = (src[r] + (src[a] + src[b]) / 2) * scale, a and b being the neighbours of r along one axis.
+// dst[r] = src[r] + (src[a] + src[b]) / 2, a and b being the neighbours of r along one axis.
 template <class T> struct BlurRows {
   int64_t first, last;
   const int32_t* neighbours;  // [rows][2]
-  const T *src, *scale;       // scale: one per channel, or null
+  const T* src;
   T* dst;
+  int64_t channels;
+};
+
+// The same in place: the rows of `order` follow each other along the axis, but for the first of a chain, which stands as its
+// complement. Whole chains only.
+template <class T> struct BlurChains {
+  const int32_t* order;
+  int64_t count;
+  T* values;
   int64_t channels;
 };
 
@@ -37,15 +48,16 @@ template <class T> struct WeightGradientRows {
   int64_t channels;
 };
 
-// dst[r] = src[r] times a matrix [channels][channels], transposed: dst[r][i] = sum over j of src[r][j] * matrix[j][i].
+// values[r] times a matrix [channels][channels], transposed, in place: values[r][i] = sum over j of values[r][j] * matrix[j][i].
 template <class T> struct MixRows {
   int64_t first, last;
-  const T *src, *matrix;
-  T* dst;
+  T* values;
+  const T* matrix;
+  T* row;  // room for one
   int64_t channels;
 };
 
-// dst[r] = softmax(-unary[r] + sum over the parts of scale[r] * sum over their terms of weight * src[index]).
+// dst[r] = unary[r] - sum over the parts of scale[r] * sum over their terms of weight * src[index], or the softmax of minus that.
 template <class T> struct MeanFieldRows {
   struct Part {
     int64_t terms;
@@ -55,18 +67,22 @@ template <class T> struct MeanFieldRows {
   };
   int64_t first, last, channels;
   const T* unary;
+  int64_t unary_row, unary_channel;  // strides
   const Part* parts;
   int64_t count;  // of parts
-  T* dst;
-  T* scratch;     // mean_field_scratch(channels) elements
+  bool softmax;
+  T* dst;  // may be unary
+  int64_t dst_stride;
+  T* scratch;  // mean_field_scratch(channels) elements
 };
 
 constexpr int64_t mean_field_rows = 16;  // updated at a time
-constexpr int64_t mean_field_scratch(int64_t channels) { return mean_field_rows * (channels + 16); }
+constexpr int64_t mean_field_scratch(int64_t channels) { return 2 * mean_field_rows * (channels + 16); }
 
 template <class T> struct PermutohedralKernels {
   void (*weighted)(const WeightedRows<T>&);
   void (*blur)(const BlurRows<T>&);
+  void (*blur_chains)(const BlurChains<T>&);
   void (*weight_gradient)(const WeightGradientRows<T>&);
   void (*mix)(const MixRows<T>&);
   void (*mean_field)(const MeanFieldRows<T>&);

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>  // its check of error codes: that of the stable headers came after PyTorch 2.11
 
 #include "ops/conv2d_check.h"
 #include "tensor.h"
@@ -40,7 +41,7 @@ inline MutableTensor write(const Tensor& t) { return {t.mutable_data_ptr(), stri
 
 inline void* current_stream(const Tensor& tensor) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return stream;
 }
 

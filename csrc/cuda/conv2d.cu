@@ -184,8 +184,8 @@ __global__ void __launch_bounds__(threads, min_blocks<T>)
     const int64_t pixels = plan.batch * height * width;
     const int64_t run = (divide(pixels + plan.splits - 1, plan.splits) + depth - 1) / depth * depth;
     const int64_t first_pixel = split * run, last_pixel = first_pixel + run < pixels ? first_pixel + run : pixels;
-    const int64_t tap_offset = plan.src_offset + (plan.h.first_tap + tap_h) * plan.h.src_tap_stride +
-                               (plan.w.first_tap + tap_w) * plan.w.src_tap_stride;
+    const int64_t tap_offset = plan.src_offset + plan.h.tap[tap_h] * plan.h.src_tap_stride +
+                               plan.w.tap[tap_w] * plan.w.src_tap_stride;
     const T* const group_src = src + group * plan.in_channels * plan.src_c;
     const T* const group_grad = grad + group * plan.out_channels * plan.grad_c;
 
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(threads, min_blocks<T>)
       __syncthreads();
     }
 
-    const int64_t tap = (plan.h.first_tap + tap_h) * plan.w.kernel + plan.w.first_tap + tap_w;
+    const int64_t tap = plan.h.tap[tap_h] * plan.w.kernel + plan.w.tap[tap_w];
     const int64_t all_taps = plan.h.kernel * plan.w.kernel;
 #pragma unroll
     for (int i = 0; i < 4; ++i)

@@ -42,8 +42,9 @@ struct WeightTiles {
 inline WeightTiles weight_tiles(const Conv2dShape& s) {
   const int64_t side = std::min(s.out_channels, s.in_channels) > 64 ? 128 : 64;
   const int64_t blocks = ceil_divide(s.out_channels, side) * ceil_divide(s.in_channels, side) * s.kernel_h * s.kernel_w;
-  constexpr int64_t smallest_run = 512;  // pixels: 16 slices, four times what fills the pipeline
-  return {side, weight_splits(blocks, s.batch * s.out_h * s.out_w, smallest_run)};
+  constexpr int64_t smallest_run = 512;       // pixels: 16 slices, four times what fills the pipeline
+  constexpr int64_t wanted_blocks = 5 * 132;  // more of them balance no better, and partial sums have to be added up
+  return {side, weight_splits(blocks, s.batch * s.out_h * s.out_w, smallest_run, wanted_blocks)};
 }
 
 void conv2d_tensor_core(const Conv2dShape& shape, DType dtype, ConstTensor input, ConstTensor weight, const void* bias,

@@ -54,7 +54,8 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks)
   const int out_channels = static_cast<int>(plan.out_channels), in_channels = static_cast<int>(plan.in_channels);
   const int first_row = static_cast<int>(take((out_channels + Shape::rows - 1) / Shape::rows)) * Shape::rows;
   const int first_column = static_cast<int>(take((in_channels + Shape::columns - 1) / Shape::columns)) * Shape::columns;
-  const int64_t tap_w = take(plan.w.count), tap_h = take(plan.h.count), split = rest;
+  // All parts of a tap before the next one, so that the blocks with most pixels come first.
+  const int64_t split = take(plan.splits), tap_w = take(plan.w.count), tap_h = rest;
 
   const int64_t width = plan.w.size[tap_w], height = plan.h.size[tap_h], pixels = plan.batch * height * width;
   const int64_t run = (divide(pixels + plan.splits - 1, plan.splits) + slice_depth<T> - 1) / slice_depth<T> * slice_depth<T>;
@@ -68,8 +69,8 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks)
   const T* const from_grad = grad + plan.h.start[tap_h] * plan.h.grad_stride + plan.w.start[tap_w] * plan.w.grad_stride +
                              first_row + Part::element(thread);
   const T* const from_src = src + plan.src_offset + plan.h.start[tap_h] * plan.h.src_stride +
-                            plan.w.start[tap_w] * plan.w.src_stride + (plan.h.first_tap + tap_h) * plan.h.src_tap_stride +
-                            (plan.w.first_tap + tap_w) * plan.w.src_tap_stride + first_column + Part::element(thread);
+                            plan.w.start[tap_w] * plan.w.src_stride + plan.h.tap[tap_h] * plan.h.src_tap_stride +
+                            plan.w.tap[tap_w] * plan.w.src_tap_stride + first_column + Part::element(thread);
 
   Product product;
   product.start(thread, [](int) { return 0.f; });
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks)
   }
 
   product.template stage_result<float>(shared, thread);
-  const int64_t tap = (plan.h.first_tap + tap_h) * plan.w.kernel + plan.w.first_tap + tap_w;
+  const int64_t tap = plan.h.tap[tap_h] * plan.w.kernel + plan.w.tap[tap_w];
   const int64_t first_filter = (split * plan.h.kernel * plan.w.kernel + tap) * out_channels + first_row;
   Product::store_result(shared, thread, partials, in_channels - first_column, 1, true, [&](int row) {
     return first_row + row < out_channels ? (first_filter + row) * in_channels + first_column : nowhere;

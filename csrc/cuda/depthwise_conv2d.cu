@@ -104,8 +104,8 @@ __global__ void __launch_bounds__(threads, min_blocks)
     Acc sum[V] = {};
     if (channel < channels) {
       const T* const channel_src = src + divide(channel, plan.out_channels) * plan.src_c + plan.src_offset +
-                                   (plan.h.first_tap + tap_h) * plan.h.src_tap_stride +
-                                   (plan.w.first_tap + tap_w) * plan.w.src_tap_stride;
+                                   plan.h.tap[tap_h] * plan.h.src_tap_stride +
+                                   plan.w.tap[tap_w] * plan.w.src_tap_stride;
       const T* const channel_grad = grad + channel * plan.grad_c;
       const int64_t height = plan.h.size[tap_h], lines = plan.batch * height;
       const int64_t run = divide(lines + plan.splits - 1, plan.splits);
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(threads, min_blocks)
         for (int v = 0; v < V; ++v) sums.value[v][slot] += sums.value[v][slot + half * lanes.channels];
     }
     if (lane.pixel == 0 && channel < channels) {
-      const int64_t tap = (plan.h.first_tap + tap_h) * plan.w.kernel + plan.w.first_tap + tap_w;
+      const int64_t tap = plan.h.tap[tap_h] * plan.w.kernel + plan.w.tap[tap_w];
       const int64_t all_taps = plan.h.kernel * plan.w.kernel;
 #pragma unroll
       for (int v = 0; v < V; ++v) partials[(split * all_taps + tap) * channels + channel + v] = sums.value[v][slot];

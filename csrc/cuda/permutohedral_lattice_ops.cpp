@@ -15,7 +15,7 @@ using Arrays = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 // A number of the device: waits for it.
 int64_t number_in(const Tensor& tensor) {
   int64_t number = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_item_int64(tensor.get(), &number));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_item_int64(tensor.get(), &number));
   return number;
 }
 
@@ -25,9 +25,9 @@ int64_t number_in(const Tensor& tensor) {
   float single = 0;
   double value = 0;
   if (is_double("features", features)) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_item_float64(one.get(), &value));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_item_float64(one.get(), &value));
   } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_item_float32(one.get(), &single));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_item_float32(one.get(), &single));
     value = single;
   }
   fail("features", "expected finite values of at most 65536 (in units of the filter's width), but point ",

@@ -36,7 +36,8 @@ struct CorrelatePlan {
 // grad_weight[o, i, tap] = sum over n, h, w of grad_output[n, o, h, w] * input[n, i, h', w'], over the rectangle of
 // output positions at which the tap is valid. Channel counts are per group.
 struct TapAxis {
-  int64_t count, first_tap, kernel;                 // taps first_tap .. first_tap + count of a kernel of this size
+  int64_t count, kernel;                            // so many taps of a kernel of this size
+  int64_t tap[max_segments];                        // those valid at more positions first
   int64_t start[max_segments], size[max_segments];  // output positions at which each is valid
   int64_t grad_stride, src_stride, src_tap_stride;
 };
@@ -126,6 +127,32 @@ void for_each_rectangle_run(CorrelatePlan& plan, const Axis& h, const Axis& w, U
   });
 }
 
+struct TapRange {
+  int64_t tap, start, size;
+};
+
+// The taps of an axis, those that are valid at more positions first: as with rectangles, for the last wave.
+inline std::vector<TapRange> largest_first(const Axis& axis) {
+  std::vector<TapRange> taps;
+  for (int64_t t = 0; t < axis.taps; ++t) {
+    int64_t start, stop;
+    tap_range(axis, t, start, stop);
+    taps.push_back({t, start, stop - start});
+  }
+  std::stable_sort(taps.begin(), taps.end(), [](const TapRange& a, const TapRange& b) { return a.size > b.size; });
+  return taps;
+}
+
+inline void set_taps(TapAxis& plan, const std::vector<TapRange>& taps, int64_t first, int64_t last) {
+  plan.count = last - first;
+  for (int64_t i = first; i < last; ++i) {
+    const TapRange& range = taps[static_cast<size_t>(i)];
+    plan.tap[i - first] = range.tap;
+    plan.start[i - first] = range.start;
+    plan.size[i - first] = range.size;
+  }
+}
+
 }  // namespace detail
 
 // Calls use(plan) for each launch of the forward pass.
@@ -202,25 +229,19 @@ void for_each_weight_plan(const Conv2dShape& s, const Strides& input, const Stri
   plan.grad_n = grad_output.n, plan.grad_c = grad_output.c;
   plan.src_n = input.n, plan.src_c = input.c;
   plan.splits = splits;
-  const auto set_taps = [](TapAxis& taps, const Axis& axis, int64_t first, int64_t last, int64_t grad_stride,
-                           int64_t input_stride) {
-    taps.count = last - first;
-    taps.first_tap = first;
+  const auto set_strides = [](TapAxis& taps, const Axis& axis, int64_t grad_stride, int64_t input_stride) {
     taps.kernel = axis.taps;
     taps.grad_stride = grad_stride;
     taps.src_stride = axis.src_step * input_stride;
     taps.src_tap_stride = axis.tap_step * input_stride;
-    for (int64_t t = first; t < last; ++t) {
-      int64_t start, stop;
-      tap_range(axis, t, start, stop);
-      taps.start[t - first] = start;
-      taps.size[t - first] = stop - start;
-    }
   };
+  set_strides(plan.h, h, grad_output.h, input.h);
+  set_strides(plan.w, w, grad_output.w, input.w);
+  const std::vector<detail::TapRange> h_taps = detail::largest_first(h), w_taps = detail::largest_first(w);
   detail::for_each_run(h.taps, [&](int64_t h_first, int64_t h_last) {
-    set_taps(plan.h, h, h_first, h_last, grad_output.h, input.h);
+    detail::set_taps(plan.h, h_taps, h_first, h_last);
     detail::for_each_run(w.taps, [&](int64_t w_first, int64_t w_last) {
-      set_taps(plan.w, w, w_first, w_last, grad_output.w, input.w);
+      detail::set_taps(plan.w, w_taps, w_first, w_last);
       use(static_cast<const WeightPlan&>(plan));
     });
   });
@@ -228,8 +249,8 @@ void for_each_weight_plan(const Conv2dShape& s, const Strides& input, const Stri
 
 // How many partial sums the pixel loop of a weight gradient is cut into: enough blocks to fill a large GPU, each with
 // enough pixels to be worth a launch slot. A function of the problem only, so that results do not depend on the GPU.
-inline int64_t weight_splits(int64_t blocks_per_split, int64_t pixels, int64_t smallest_run) {
-  constexpr int64_t wanted_blocks = 1024, most = 1024;
+inline int64_t weight_splits(int64_t blocks_per_split, int64_t pixels, int64_t smallest_run, int64_t wanted_blocks = 1024) {
+  constexpr int64_t most = 1024;
   const int64_t by_blocks = ceil_divide(wanted_blocks, std::max<int64_t>(blocks_per_split, 1));
   return std::clamp<int64_t>(std::min(by_blocks, ceil_divide(pixels, smallest_run)), 1, most);
 }

@@ -20,9 +20,11 @@ const T* factor_of(const char* name, const std::vector<Tensor>& factors, size_t 
 
 template <class T>
 Tensor run(const Tensor& unary, const std::vector<Tensor>& lattices, const std::vector<Tensor>& compatibilities,
-           const std::vector<Tensor>& before, const std::vector<Tensor>& after, int64_t iterations) {
+           const std::vector<Tensor>& before, const std::vector<Tensor>& after, int64_t iterations, int64_t most_vertex_bytes) {
   const int64_t points = unary.size(0), channels = unary.size(1);
-  const Tensor dense = torch::stable::contiguous(unary);
+  // Every iteration reads the energies: a copy with the channels last pays, unless it would be large.
+  const bool copied = unary.numel() * static_cast<int64_t>(sizeof(T)) <= most_vertex_bytes / 4;
+  const Tensor energies = copied ? torch::stable::contiguous(unary) : unary;
   std::vector<cpu::MeanFieldKernel<T>> kernels;
   for (size_t k = 0; k < compatibilities.size(); ++k) {
     const Tensor* const t = &lattices[k * tensors_per_lattice];
@@ -37,13 +39,13 @@ Tensor run(const Tensor& unary, const std::vector<Tensor>& lattices, const std::
   }
   Tensor out = empty({points, channels}, unary, false);
   if (out.numel() > 0)
-    cpu::mean_field(points, channels, static_cast<const T*>(dense.const_data_ptr()), kernels, iterations,
-                    static_cast<T*>(out.mutable_data_ptr()));
+    cpu::mean_field<T>({points, channels, static_cast<const T*>(energies.const_data_ptr()), energies.stride(0), energies.stride(1)},
+                       kernels, iterations, most_vertex_bytes, static_cast<T*>(out.mutable_data_ptr()));
   return out;
 }
 
 Tensor mean_field_cpu(const Tensor& unary, std::vector<Tensor> lattices, std::vector<Tensor> compatibilities,
-                      std::vector<Tensor> before, std::vector<Tensor> after, int64_t iterations) {
+                      std::vector<Tensor> before, std::vector<Tensor> after, int64_t iterations, int64_t most_vertex_bytes) {
   if (unary.dim() != 2 || unary.size(1) < 1)
     fail("unary", "expected [points, channels], at least 1 channel, but got sizes ", text(sizes_of(unary)));
   if (iterations < 0) fail("iterations", "expected at least 0, but got ", iterations);
@@ -54,17 +56,19 @@ Tensor mean_field_cpu(const Tensor& unary, std::vector<Tensor> lattices, std::ve
   for (const auto* factors : {&before, &after})
     if (!factors->empty() && factors->size() != kernels)
       fail("before and after", "expected none or ", kernels, " tensors, but got ", factors->size());
-  return is_double("unary", unary) ? run<double>(unary, lattices, compatibilities, before, after, iterations)
-                                   : run<float>(unary, lattices, compatibilities, before, after, iterations);
+  if (is_double("unary", unary))
+    return run<double>(unary, lattices, compatibilities, before, after, iterations, most_vertex_bytes);
+  return run<float>(unary, lattices, compatibilities, before, after, iterations, most_vertex_bytes);
 }
 
 }  // namespace
 }  // namespace atrous
 
 STABLE_TORCH_LIBRARY_FRAGMENT(atrous_native, m) {
+  // Values of the vertices take at most about 1 GiB: more channels go through the lattices in parts.
   m.def(
-      "mean_field(Tensor unary, Tensor[] lattices, Tensor[] compatibilities, Tensor[] before, Tensor[] after, int iterations) "
-      "-> Tensor");
+      "mean_field(Tensor unary, Tensor[] lattices, Tensor[] compatibilities, Tensor[] before, Tensor[] after, int iterations, "
+      "int most_vertex_bytes=1073741824) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(atrous_native, CPU, m) { m.impl("mean_field", TORCH_BOX(&atrous::mean_field_cpu)); }

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from atrous_kernels.functional import conv2d
 from atrous_kernels.nn import Conv2d, as_one
+from atrous_kernels.sync_batch_norm import SyncBatchNorm2d
 
 #: Of a network that reduces by 32 on its own; further stages allow more.
 OUTPUT_STRIDES = (4, 8, 16, 32)
@@ -131,7 +132,8 @@ def conv_bn(
     Modules with hooks and convolutions of another class run one by one, so that nothing is skipped.
     """
     hooked = convolution._forward_hooks or convolution._forward_pre_hooks or norm._forward_hooks or norm._forward_pre_hooks
-    ours = type(convolution) in (Conv2d, SamePaddedConv2d) and type(norm) is nn.BatchNorm2d and convolution.bias is None
+    known = type(convolution) in (Conv2d, SamePaddedConv2d) and type(norm) in (nn.BatchNorm2d, SyncBatchNorm2d)
+    ours = known and convolution.bias is None
     frozen = not norm.training and torch.is_grad_enabled()  # there, folding would cost every step
     if hooked or frozen or not ours:
         y = norm(convolution(x))

@@ -138,7 +138,8 @@ class Bottleneck(_Block):
 
 
 class ResNet(Backbone):
-    """ResNet without its classifier: ``low`` is layer1, ``aux`` layer3, ``out`` layer4 or the last cascaded layer.
+    """ResNet without its classifier: ``low`` is layer1, ``mid`` layer2, ``aux`` layer3, ``out`` layer4 or the last cascaded
+    layer.
 
     Args:
         depth: 18, 34, 50, 101, 152 or 269.
@@ -154,7 +155,8 @@ class ResNet(Backbone):
         avg_down: projections of strided blocks average 2x2 values in place of their stride, as timm's ``d``.
         stride_placement: ``"3x3"``: in the 3x3 convolution of a stage's first block, as torchvision; ``"1x1"``: in its first
             1x1 convolution, as the paper and its Caffe models; ``"last"``: in the 3x3 convolution of the last block of the
-            stage before, as the authors of DeepLabv3. Same keys, different outputs.
+            stage before, as the authors of DeepLabv3. Same keys, different outputs. Basic blocks have no 1x1 convolution: there
+            ``"1x1"`` is the first one, which is ``"3x3"``.
         ceil_mode: the max pool rounds its size up, as Caffe's (DeepLab v2).
         stages: 4; with fewer the last ones are left out, and ``aux`` is the stage before ``out``.
         cascade: further stages behind layer4, copies of it (DeepLabv3, section 3.2, block5 to block7): up to 3.
@@ -186,7 +188,7 @@ class ResNet(Backbone):
         self.multi_grid = _check_multi_grid(multi_grid, blocks[-1])
         _check_choice("first_block", first_block, ("previous", "full"))
         _check_choice("stem", stem, ("conv7", "deep"))
-        _check_choice("stride_placement", stride_placement, ("3x3", "1x1", "last") if bottleneck else ("3x3",))
+        _check_choice("stride_placement", stride_placement, ("3x3", "1x1", "last") if bottleneck else ("3x3", "1x1"))
         if cascade not in range(4):
             raise ValueError(f"cascade={cascade!r}: expected 0 to 3 stages behind layer4")
         if avg_down and stride_placement == "last":
@@ -209,19 +211,19 @@ class ResNet(Backbone):
         widths = widths[:stages] + widths[-1:] * cascade
         counts = [*blocks[:stages], *blocks[-1:] * cascade]
         last = stride_placement == "last"
+        in_1x1 = {"stride_in_1x1": True} if bottleneck and stride_placement == "1x1" else {}
         for index, (width, count) in enumerate(zip(widths, counts, strict=True)):
             strided = count - 1 if last else 0
             strides = index < len(widths) - 1 if last else index > 0
             stage = nn.Sequential()
             for i in range(count):
                 stride = 2 if strides and i == strided else 1
-                placed = {"stride_in_1x1": True} if stride_placement == "1x1" else {}
-                stage.append(block(in_channels, width, stride, avg_down, **placed))
+                stage.append(block(in_channels, width, stride, avg_down, **in_1x1))
                 in_channels = width * block.expansion
             setattr(self, f"layer{index + 1}", stage)
         self._aux_index = stages - 2
-        low, aux, out = (widths[index] * block.expansion for index in (0, self._aux_index, -1))
-        self.channels = {"low": low, "aux": aux, "out": out}
+        taps = {"low": 0, "mid": 1, "aux": self._aux_index, "out": -1}
+        self.channels = {name: widths[index] * block.expansion for name, index in taps.items()}
         self.set_output_stride(output_stride)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -241,6 +243,8 @@ class ResNet(Backbone):
             else:
                 x = stage(x)
                 features.setdefault("low", x)
+            if index == 1:
+                features["mid"] = x
             if index == self._aux_index:
                 features["aux"] = x
         return {**features, "out": x}

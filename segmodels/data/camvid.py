@@ -9,11 +9,10 @@ import numpy as np
 from segmodels.data.dataset import PairedFiles
 from segmodels.data.files import IMAGE_SUFFIXES, find_root, first_layout, list_by_stem, match_masks
 
-SPLITS = ("train", "val", "test")
 VOID_ID = 11
 
 # Colours of the CamVid label palette; where SegNet merges several of its 32 classes, the colour of the largest one.
-COLORS: dict[str, tuple[int, int, int]] = {
+_PALETTE: dict[str, tuple[int, int, int]] = {
     "sky": (128, 128, 128),
     "building": (128, 0, 0),
     "pole": (192, 192, 128),
@@ -34,15 +33,20 @@ class CamVid(PairedFiles):
 
     Args:
         root: the folder that holds the splits.
-        split: "train" (367 frames in the SegNet selection), "val" (101) or "test" (233).
+        split: "train", "val" or "test".
 
     Raises:
         DataError: the layout is not there, or an image has no mask.
     """
 
+    TITLE = "CamVid, the 11 classes and the frames of SegNet"
+    CLASSES = tuple(_PALETTE)
+    COLORS = np.array(list(_PALETTE.values()), np.uint8)
+    COUNTS = {"train": 367, "val": 101, "test": 233}
+    MEMBERS = r"(?:train|val|test)(?:annot|/images|/labels)?/[^/]+\.(?:png|jpg)"
+
     def __init__(self, root: str | Path | None, split: str = "train"):
         folder = find_root(root, "camvid", f"{split}/images and {split}/labels")
         images, masks = first_layout(folder, "camvid", [(f"{split}/images", f"{split}/labels"), (split, f"{split}annot")])
         pairs = match_masks(list_by_stem(images, IMAGE_SUFFIXES, "images"), masks)
-        colors = np.array(list(COLORS.values()), np.uint8)
-        super().__init__(pairs, list(COLORS), colors, split, folder, void_ids=(VOID_ID,))
+        super().__init__(pairs, self.CLASSES, self.COLORS, split, folder, void_ids=(VOID_ID,))

@@ -36,6 +36,8 @@ class Folder(PairedFiles):
         DataError: the layout, the class names, a listed image or a mask is missing.
     """
 
+    TITLE = "any folder of images with a folder of masks"
+
     def __init__(
         self,
         root: str | Path | None,

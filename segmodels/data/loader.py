@@ -7,6 +7,8 @@ where workers prefetch, so a checkpoint taken after step ``k`` continues with ba
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from segmodels.data.dataset import SegmentationDataset
+from segmodels.data.files import DataError
 from segmodels.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Pair, Transform, to_tensor
 
 Tensors = tuple[torch.Tensor, torch.Tensor]
@@ -32,7 +35,10 @@ class TransformedDataset(Dataset[Tensors]):
         transforms: ``(image, label, rng) -> (image, label)`` or None.
         seed: of the augmentation.
         mean, std: of :func:`to_tensor`.
-        cache: keep decoded images in memory (4 bytes per pixel), so that each file is decoded once.
+        cache: keep decoded images in memory (4 bytes per pixel), so that each file is decoded once; as many as fit into half of
+            the machine's memory.
+        max_skipped: an item that cannot be read is replaced by the next one that can, while their number is not above this share
+            of the data set (one is always allowed); 0 raises at the first.
     """
 
     def __init__(
@@ -43,13 +49,19 @@ class TransformedDataset(Dataset[Tensors]):
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
         cache: bool = False,
+        max_skipped: float = 0.0,
     ):
         if seed < 0:
             raise ValueError(f"seed is {seed}; expected 0 or more")
+        if not 0 <= max_skipped <= 1:
+            raise ValueError(f"max_skipped is {max_skipped}; expected 0 to 1")
         self.dataset, self.transforms, self.seed = dataset, transforms, seed
         self.mean, self.std = tuple(mean), tuple(std)
         self.epoch = 0
-        self._cache: dict[int, Pair] | None = {} if cache else None
+        self._cache: dict[int, Pair] | None = {} if cache and dataset.CACHEABLE else None
+        self._room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        self.allowed = max(1, int(max_skipped * len(dataset))) if max_skipped else 0
+        self.unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # worker processes note them here
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch of plain indices. Has no effect on worker processes that are already running."""
@@ -59,27 +71,49 @@ class TransformedDataset(Dataset[Tensors]):
         """Fills the cache now, so that worker processes forked later share it instead of each decoding its own."""
         if self._cache is not None:
             for index in range(len(self)):
-                self._read(index)
+                if self._room <= 0:
+                    return
+                self._read_or_next(index)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: int | tuple[int, int]) -> Tensors:
         epoch, index = key if isinstance(key, tuple) else (self.epoch, key)
-        image, label = self._read(index)
+        image, label = self._read_or_next(index)
         if self.transforms is not None:
             image, label = self.transforms(image, label, np.random.default_rng([self.seed, epoch, index]))
         return to_tensor(image, label, self.mean, self.std)
 
+    def _read_or_next(self, index: int) -> Pair:
+        for other in range(index, index + len(self)):
+            other %= len(self)
+            if self.unreadable[other]:
+                continue
+            try:
+                return self._read(other)
+            except DataError as error:
+                if not self.allowed:
+                    raise
+                self.unreadable[other] = True
+                count = int(self.unreadable.sum())
+                if count > self.allowed:
+                    raise DataError(
+                        f"{count} of {len(self)} items cannot be read, more than the {self.allowed} that may be skipped; "
+                        f"the last one: {error}"
+                    ) from error
+        raise DataError(f"none of the {len(self)} items can be read")
+
     def _read(self, index: int) -> Pair:
-        if self._cache is None:
-            return self.dataset[index]
-        if index not in self._cache:
-            image, label = self.dataset[index]
+        if self._cache is not None and index in self._cache:
+            return self._cache[index]
+        image, label = self.dataset[index]
+        if self._cache is not None and self._room > 0:
             # A transform that writes in place would spoil all later epochs; make it fail instead.
             image.flags.writeable = label.flags.writeable = False
             self._cache[index] = image, label
-        return self._cache[index]
+            self._room -= image.nbytes + label.nbytes
+        return image, label
 
 
 class ResumableSampler(Sampler[tuple[int, int]]):
@@ -99,13 +133,29 @@ class ResumableSampler(Sampler[tuple[int, int]]):
             raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
         size = length - length % batch_size if drop_last else length
         if size < 1:
-            raise ValueError(
-                f"{length} items give no batch of {batch_size} with drop_last={drop_last}; expected one or more"
-            )
+            raise ValueError(f"{length} items give no batch of {batch_size} with drop_last={drop_last}; expected one or more")
         self.length, self.seed, self.shuffle = length, seed, shuffle
         self.batch_size, self.drop_last, self.epoch_size = batch_size, drop_last, size
+        self.parts: tuple[int, ...] = (batch_size,)  # sizes of the kinds of items in a batch, one behind the other
+        self.world = 1
+        self._mine = np.ones(batch_size, bool)
         self.epoch = 0
         self.position = 0
+
+    def split(self, rank: int, world: int) -> None:
+        """From now on, yields what process ``rank`` of ``world`` computes: of every batch, an equal share of each part.
+
+        Length, position and state go on counting whole batches, so the order, and a state, hold for any number of processes.
+
+        Raises:
+            ValueError: a batch that cannot be shared out equally.
+        """
+        if any(part % world for part in self.parts) or (world > 1 and not self.drop_last):
+            shown = " + ".join(map(str, self.parts))
+            raise ValueError(f"batches of {shown} images in {world} processes: expected multiples of {world}, and full batches")
+        self.world = world
+        owner = np.concatenate([np.arange(part) * world // part for part in self.parts])
+        self._mine = owner == rank
 
     def __len__(self) -> int:
         """Samples left in this epoch."""
@@ -113,8 +163,17 @@ class ResumableSampler(Sampler[tuple[int, int]]):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch = self.epoch
-        for index in self.order(epoch)[self.position :]:
+        for index in self.order(epoch)[self._places()]:
             yield epoch, int(index)
+
+    def next_batch(self) -> np.ndarray:
+        """The indices that come next: this process's share of a batch."""
+        return self.order(self.epoch)[self._places()[: self.batch_size // self.world]]
+
+    def _places(self) -> np.ndarray:
+        """Places in this epoch's order, from the current position on, of what this process computes."""
+        places = np.arange(self.position, self.epoch_size)
+        return places[self._mine[places % self.batch_size]]
 
     def order(self, epoch: int) -> np.ndarray:
         """The indices of an epoch, int64 ``[epoch_size]``."""
@@ -164,7 +223,7 @@ class ResumableLoader:
             dataset.preload()
         self._loader = DataLoader(
             dataset,
-            batch_size=sampler.batch_size,
+            batch_size=sampler.batch_size // sampler.world,
             sampler=sampler,
             num_workers=workers,
             pin_memory=pin_memory,
@@ -177,24 +236,36 @@ class ResumableLoader:
         return -(-self.sampler.epoch_size // self.batch_size)
 
     def __iter__(self) -> Iterator[Tensors]:
-        for image, label in self._loader:
-            self.sampler.advance(len(image))
-            yield image, label
+        try:
+            for image, label in self._loader:
+                self.sampler.advance(len(image) * self.sampler.world)
+                yield image, label
+        except DataError as error:
+            # A worker wraps the message in a traceback of its own; its last paragraph is the message.
+            raise DataError(str(error).rpartition("DataError: ")[2].strip()) from error
 
     @property
     def epoch(self) -> int:
         """The epoch that the next batch belongs to."""
         return self.sampler.epoch
 
+    def skipped(self) -> list[int]:
+        """Items that could not be read and were replaced, so far and by all workers."""
+        return [int(index) for index in self.dataset.unreadable.nonzero().ravel()]
+
     def state_dict(self) -> dict[str, Any]:
-        return self.sampler.state_dict()
+        return {**self.sampler.state_dict(), "skipped": self.skipped()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sampler.load_state_dict(state)
+        self.dataset.unreadable[state.get("skipped", [])] = True
 
 
 def _quiet_worker(_: int) -> None:
     cv2.setNumThreads(0)  # workers are the parallelism; OpenCV's threads on top of them only fight for the cores
+    # Ctrl-C and torchrun reach the workers too, but the training process still wants what they hold when it stops cleanly.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def build_loader(
@@ -211,6 +282,9 @@ def build_loader(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     sampler: ResumableSampler | None = None,
+    max_skipped: float = 0.0,
+    rank: int = 0,
+    world: int = 1,
 ) -> ResumableLoader:
     """A resumable loader of ``(image float32 [N, 3, H, W], label int64 [N, H, W])`` batches.
 
@@ -224,8 +298,11 @@ def build_loader(
         pin_memory: as in ``torch.utils.data.DataLoader``.
         mean, std: of the normalisation.
         sampler: another order, with a batch size of its own; ``batch_size``, ``shuffle`` and ``drop_last`` then have no effect.
+        max_skipped: see :class:`TransformedDataset`.
+        rank, world: of several processes, each of which loads its share of every batch (:meth:`ResumableSampler.split`).
     """
-    transformed = TransformedDataset(dataset, transforms, seed=seed, mean=mean, std=std, cache=cache)
+    transformed = TransformedDataset(dataset, transforms, seed, mean, std, cache, max_skipped)
     if sampler is None:
         sampler = ResumableSampler(len(dataset), seed=seed, shuffle=shuffle, batch_size=batch_size, drop_last=drop_last)
+    sampler.split(rank, world)
     return ResumableLoader(transformed, sampler, workers=workers, pin_memory=pin_memory)

@@ -113,6 +113,11 @@ class Synthetic(SegmentationDataset):
         ValueError: an option is out of range.
     """
 
+    TITLE = "scenes drawn on the fly, no files"
+    CLASSES = tuple(_CLASSES)
+    COLORS = np.array(list(_CLASSES.values()), np.uint8)
+    COUNTS = dict.fromkeys(SPLITS)
+
     def __init__(self, split: str = "train", size: int | Sequence[int] = 256, length: int | None = None, seed: int = 0):
         height, width = (size, size) if isinstance(size, int) else size
         if min(height, width) < MINIMUM_SIZE:
@@ -123,7 +128,7 @@ class Synthetic(SegmentationDataset):
             raise ValueError(f"synthetic length is {length}; expected 1 or more")
         if seed < 0:
             raise ValueError(f"synthetic seed is {seed}; expected 0 or more")
-        super().__init__(list(_CLASSES), np.array(list(_CLASSES.values()), np.uint8), split, length)
+        super().__init__(self.CLASSES, self.COLORS, split, length)
         self.size, self.seed = (int(height), int(width)), seed
 
     def name(self, index: int) -> str:

@@ -17,6 +17,8 @@ from segmodels.backbones.weights import read_state_dict
 from segmodels.config import Config, ConfigError, load_config
 from segmodels.data import SegmentationDataset, class_names, create_dataset
 from segmodels.data.hard_classes import HardClasses
+from segmodels.data.loader import ResumableSampler
+from segmodels.data.shards import Shards, ShardSampler
 from segmodels.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -89,8 +91,10 @@ def build_train_set(config: Config) -> SegmentationDataset:
     return WeakDataset(dataset, WeakLabels.load(settings.labels), ~strong, settings.method, settings.labels)
 
 
-def build_sampler(config: Config, train_set: SegmentationDataset) -> MixedSampler | None:
-    """The order of training where batches are to hold strong and weak images; None where there is only one kind."""
+def build_sampler(config: Config, train_set: SegmentationDataset) -> ResumableSampler | None:
+    """The order of training where it is a special one: batches of strong and weak images, or shard after shard; else None."""
+    if isinstance(train_set, Shards):
+        return ShardSampler(train_set, config.run.seed, config.train.batch_size)
     if not isinstance(train_set, WeakDataset) or train_set.weak.all() or not train_set.weak.any():
         return None
     size = config.train.batch_size
@@ -265,7 +269,7 @@ def load_trained(
         if config.model.weights is None:
             raise ConfigError(f"model.weights of {recipe} is null: expected a file, or --checkpoint FILE")
         write_out_published_options(config, raw)
-        classes, colors = class_names(config.data.name)
+        classes, colors = class_names(config.data.name, config.data.options)
         origin = Origin(config.model.weights, classes, colors.tolist(), None)
         model = build_model(config, len(classes))
     if config.eval.output_stride is not None:

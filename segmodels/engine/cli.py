@@ -11,12 +11,15 @@ from pathlib import Path
 from segmodels.config import SECTIONS, ConfigError, describe, recipes
 from segmodels.data import DataError
 from segmodels.engine.checkpoints import CheckpointError
+from segmodels.engine.distributed import ProcessLost
 from segmodels.engine.progress import complain
 from segmodels.engine.trainer import TrainingError
 
 _OVERRIDE = re.compile(rf"({'|'.join(SECTIONS)})(\.[\w.]+)?=")
 # What a user can cause and mend: shown as its message. Anything else is a bug and keeps its traceback.
-_EXPECTED = (ConfigError, DataError, CheckpointError, TrainingError, OSError, ValueError, TypeError, ModuleNotFoundError)
+_EXPECTED = (
+    ConfigError, DataError, CheckpointError, TrainingError, ProcessLost, OSError, ValueError, TypeError, ModuleNotFoundError,
+)  # fmt: skip
 
 
 def build_parser(command: str, description: str) -> argparse.ArgumentParser:

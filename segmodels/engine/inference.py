@@ -173,7 +173,7 @@ class Predictor:
 
     def _logits(self, images: Tensor) -> Tensor:
         """At the resolution of the network."""
-        images = images.to(self.device).contiguous(memory_format=self.layout)
+        images = images.to(self.device, next(self.model.parameters()).dtype).contiguous(memory_format=self.layout)
         with autocast(self.device, self.amp):
             return self.model.logits(images)["out"]  # type: ignore[operator]
 
@@ -204,6 +204,7 @@ def evaluate_dataset(
     *,
     limit: int | None = None,
     samples: int = 0,
+    part: tuple[int, int] = (0, 1),
     progress: Callable[[int, int], bool] | None = None,
 ) -> Evaluation | None:
     """One confusion matrix over a split, image by image at full size, so that memory does not grow with the split.
@@ -212,20 +213,22 @@ def evaluate_dataset(
         predictor, dataset: what is evaluated on what.
         limit: stop after this many images.
         samples: how many images to keep.
+        part: ``(r, n)``: only every n-th image from the r-th on.
         progress: called with (done, total) after each image; returning False abandons the evaluation.
 
     Returns:
         The counts, or None where ``progress`` asked to stop.
     """
     total = len(dataset) if limit is None else min(limit, len(dataset))
-    kept = set(np.linspace(0, total - 1, samples).round().astype(int).tolist())
+    mine = range(part[0], total, part[1])
+    kept = {mine[place] for place in np.linspace(0, len(mine) - 1, samples).round().astype(int)} if mine else set()
     result = Evaluation(ConfusionMatrix(dataset.num_classes), [])
-    for index in range(total):
+    for done, index in enumerate(mine, 1):
         image, label = dataset[index]
         prediction = predictor(image)
         result.matrix.update(torch.from_numpy(prediction), torch.from_numpy(label))
         if index in kept:
             result.samples.append((image, label, prediction))
-        if progress is not None and not progress(index + 1, total):
+        if progress is not None and not progress(done, len(mine)):
             return None
     return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -50,6 +50,8 @@ class SegmentationLoss(nn.Module):
         self.align_corners = align_corners
         self.register_buffer("weight", weight, persistent=False)
         self.label_smoothing, self.aux_weight = label_smoothing, aux_weight
+        #: Where other processes have the rest of the batch: the sum of a number over all of them.
+        self.total: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, logits: dict[str, Tensor], target: Tensor, whole: Tensor | None = None) -> Tensor:
         """Scalar float32. Without any labelled pixel the loss is 0.
@@ -59,6 +61,8 @@ class SegmentationLoss(nn.Module):
             target: int64 ``[N, H, W]`` with 255 ignored.
             whole: the labels ``[M, H, W]`` of a batch that ``target`` is a part of. The losses of all parts then add up to that
                 of the batch; below ``hard_fraction`` 1, each part keeps the hardest of its own pixels.
+
+        In several processes (``total``), the losses of all of them add up to that of the batch in the same way.
         """
         whole = target if whole is None else whole
         loss = self._cross_entropy(logits["out"], target, whole)
@@ -70,17 +74,24 @@ class SegmentationLoss(nn.Module):
         return loss
 
     def _cross_entropy(self, logits: Tensor, target: Tensor, whole: Tensor) -> Tensor:
-        part = target is not whole and self.reduction == "mean"
+        part = (target is not whole or self.total is not None) and self.reduction == "mean"
         if self.labels_at == "scores":
             target, whole = (self._on_grid(labels, logits) for labels in (target, whole))
-        if not bool((target != IGNORE_INDEX).any()):
+        share = self._share(target, whole) if part else None  # first: every process has to ask
+        if share == 0 or not bool((target != IGNORE_INDEX).any()):
             return logits.float().sum() * 0  # the mean over no pixels would be nan and end the training
         # computed in float32 whatever autocast chose: the exponentials of bf16 logits have two digits
         loss = atrous_kernels.upsample_cross_entropy(
             logits, target, weight=self.weight, ignore_index=IGNORE_INDEX, reduction=self.reduction,
             label_smoothing=self.label_smoothing, hard_fraction=self.hard_fraction, align_corners=self.align_corners,
         )  # fmt: skip
-        return loss * (self._counted(target) / self._counted(whole)).to(loss.dtype) if part else loss
+        return loss if share is None else loss * share.to(loss.dtype)
+
+    def _share(self, target: Tensor, whole: Tensor) -> Tensor:
+        """What the mean over the labels of a part counts in the mean over those of the batch; 0-dimensional float64."""
+        counted = self._counted(whole)
+        counted = counted if self.total is None else self.total(counted)
+        return self._counted(target) / counted.clamp(min=torch.finfo(torch.float64).tiny)
 
     def _on_grid(self, labels: Tensor, logits: Tensor) -> Tensor:
         rows, columns = (

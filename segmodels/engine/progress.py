@@ -57,11 +57,16 @@ class Reporter(AbstractContextManager["Reporter"]):
 
 
 class StopRequest(AbstractContextManager["StopRequest"]):
-    """Turns the first SIGINT or SIGTERM into ``signum``, for the loop to look at; a second one acts at once as usual."""
+    """Turns the first SIGINT or SIGTERM into ``signum``, for the loop to look at; a second one acts at once as usual.
+
+    Args:
+        patient: a second one is ignored: torchrun, and what started it, may both send one, and torchrun kills who stays.
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
+    def __init__(self, patient: bool = False) -> None:
+        self.after = signal.SIG_IGN if patient else signal.SIG_DFL
         self.signum: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -77,11 +82,13 @@ class StopRequest(AbstractContextManager["StopRequest"]):
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signum = number
         for other in self.SIGNALS:
-            signal.signal(other, signal.SIG_DFL)
+            signal.signal(other, self.after)
 
 
 def say(text: str) -> None:
     """One line to the terminal or the log, at once."""
+    if console.quiet:
+        return
     if console.is_terminal:
         console.print(text, markup=False, highlight=False)
     else:

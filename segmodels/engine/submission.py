@@ -8,22 +8,26 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from segmodels.data.ade20k import ADE20K
+from segmodels.data.cityscapes import Cityscapes
 from segmodels.data.dataset import voc_colormap
 from segmodels.engine.checkpoints import atomic_write
 
-#: Number of classes of each kind of submission.
-CLASSES = {"cityscapes": 19, "ade20k": 150, "voc": 21}
-#: Of Cityscapes: the server counts label ids, networks predict the 19 of them that are evaluated.
-CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+#: For each kind of submission, what the server expects in place of the class ids.
+IDS = {
+    "cityscapes": np.asarray(Cityscapes.SUBMISSION_IDS),
+    "ade20k": np.asarray(ADE20K.SUBMISSION_IDS),
+    "voc": np.arange(21, dtype=np.uint8),
+}
 VOC_FOLDER = Path("results/VOC2012/Segmentation/comp6_test_cls")
 
 
 def check_classes(kind: str, classes: int) -> None:
     """Raises ValueError for a network of another number of classes, or an unknown kind."""
-    if kind not in CLASSES:
-        raise ValueError(f"submission {kind!r}: expected one of {', '.join(CLASSES)}")
-    if classes != CLASSES[kind]:
-        raise ValueError(f"a submission to {kind} has {CLASSES[kind]} classes: expected a network with as many, not {classes}")
+    if kind not in IDS:
+        raise ValueError(f"submission {kind!r}: expected one of {', '.join(IDS)}")
+    if classes != len(IDS[kind]):
+        raise ValueError(f"a submission to {kind} has {len(IDS[kind])} classes: expected a network with as many, not {classes}")
 
 
 def write_submission(kind: str, folder: Path, stem: str, label: np.ndarray) -> Path:
@@ -34,7 +38,7 @@ def write_submission(kind: str, folder: Path, stem: str, label: np.ndarray) -> P
     palette; pack ``results`` as the archive that is uploaded.
 
     Args:
-        kind: a key of :data:`CLASSES`.
+        kind: a key of :data:`IDS`.
         folder: of the whole submission.
         stem: of the image.
         label: uint8 ``[H, W]``, at the image's own size.
@@ -42,13 +46,11 @@ def write_submission(kind: str, folder: Path, stem: str, label: np.ndarray) -> P
     Raises:
         OSError: the file could not be written.
     """
+    picture = Image.fromarray(IDS[kind][label])
+    path = folder / f"{stem}.png"
     if kind == "voc":
-        picture = Image.fromarray(label)
         picture.putpalette(voc_colormap(256).ravel().tolist())
         path = folder / VOC_FOLDER / f"{stem}.png"
-    else:
-        picture = Image.fromarray(np.array(CITYSCAPES_IDS, np.uint8)[label] if kind == "cityscapes" else label + np.uint8(1))
-        path = folder / f"{stem}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
     picture.save(content, "PNG")

@@ -23,6 +23,7 @@ class ContextModule(nn.Module):
         widths: their channels as multiples of C; None is Basic, all C.
         pad_first: all zeros around the input at once, as the authors do for VOC, instead of those of each layer.
         noise: standard deviation of what :meth:`init_identity` leaves beside the identity.
+        identity: False: Glorot's random initialisation, with which the authors found no improvement (section 3).
 
     Raises:
         ValueError: other than one width per dilation.
@@ -36,6 +37,7 @@ class ContextModule(nn.Module):
         *,
         pad_first: bool = False,
         noise: float = 0.01,
+        identity: bool = True,
     ) -> None:
         super().__init__()
         widths = (1,) * len(dilations) if widths is None else widths
@@ -49,7 +51,12 @@ class ContextModule(nn.Module):
             inputs = channels * width
         self.layers = nn.ModuleList(layers)
         self.final = Conv2d(inputs, channels, 1)
-        self.init_identity(noise)
+        if identity:
+            self.init_identity(noise)
+            return
+        for layer in (*self.layers, self.final):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:

@@ -15,7 +15,7 @@ from atrous_kernels.nn import Conv2d
 from segmodels.backbones.base import Backbone
 from segmodels.backbones.classic import init_convolutions
 from segmodels.models.base import check_input, upsample
-from segmodels.models.deeplabv1 import DeepLabV1, classifier_of, large_fov
+from segmodels.models.deeplabv1 import DeepLabV1, classifier_of, field_of_view
 from segmodels.models.multiscale import MultiScaleModel, rescale
 
 FUSIONS = ("attention", "average", "max")
@@ -31,7 +31,7 @@ class AttentionToScale(MultiScaleModel):
         fusion: ``"attention"``, or what the paper compares it with: ``"average"``, ``"max"``.
         extra_supervision: in training, each scale's scores are outputs too.
         attention_channels: width of the attention network, a 3x3 convolution with ReLU before a 1x1 convolution to S maps.
-        fc_channels, dropout: of LargeFOV, behind a backbone other than VGG-16.
+        fc_channels, fc_rate, dropout: of LargeFOV, behind a backbone other than VGG-16.
 
     Raises:
         ValueError: an argument outside these.
@@ -52,11 +52,12 @@ class AttentionToScale(MultiScaleModel):
         extra_supervision: bool = True,
         attention_channels: int = 512,
         fc_channels: int = 1024,
+        fc_rate: int = 12,
         dropout: float = 0.5,
     ) -> None:
         if fusion not in FUSIONS:
             raise ValueError(f"fusion={fusion!r}: expected one of {', '.join(FUSIONS)}")
-        fc7, channels = large_fov(backbone, fc_channels, dropout)
+        fc7, channels = field_of_view(backbone, fc_channels, 3, fc_rate, dropout)
         classifier = nn.ModuleDict({"fc7": fc7, "fc8": classifier_of(channels, num_classes)})
         if fusion == "attention":
             hidden = Conv2d(channels * len(scales), attention_channels, 3, padding=1)

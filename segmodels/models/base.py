@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from atrous_kernels.sync_batch_norm import group_of
 from segmodels.backbones.base import Backbone
 
 
@@ -80,7 +81,8 @@ class SegmentationModel(nn.Module):
         height, width = (-(-side // self.output_stride) for side in x.shape[2:])
         if not self.training or x.shape[0] * height * width != 1:
             return
-        if any(isinstance(module, nn.BatchNorm2d) and module.training for module in self.backbone.modules()):
+        norms = [module for module in self.backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+        if any(norm.training and group_of(norm) is None for norm in norms):
             raise ValueError(
                 f"training with one image of {x.shape[2]} x {x.shape[3]} pixels: at output stride {self.output_stride} its map "
                 "has one value per channel, so BatchNorm has no statistics. Use larger images, a batch of at least 2, or keep "

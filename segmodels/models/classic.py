@@ -7,9 +7,9 @@ from torch import nn
 from segmodels.backbones.base import Backbone
 from segmodels.models.base import SegmentationModel
 
-#: Later backbones that these systems also run on, light ones with free ImageNet weights. They pad their own maps, so value ``i``
-#: of a map lies on row ``stride * i`` of the image, and they have no fc6 and fc7.
-LIGHT_BACKBONES = ("mobilenetv2", "efficientnet_lite0")
+#: Later backbones that these systems also run on, light ones, the first two with free ImageNet weights. They pad their own maps,
+#: so value ``i`` of a map lies on row ``stride * i`` of the image, and they have no fc6 and fc7.
+LIGHT_BACKBONES = ("mobilenetv2", "efficientnet_lite0", "resnet18")
 
 
 class ClassicModel(SegmentationModel):

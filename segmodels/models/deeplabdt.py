@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 import atrous_kernels as ak
+from segmodels.backbones import BACKBONES
 from segmodels.backbones.base import Backbone
-from segmodels.heads.aspp import DeepLabHead
+from segmodels.heads.aspp import DeepLabHead, PlainHead
 from segmodels.heads.edge_net import EdgeNet
 from segmodels.heads.fcn import FCNHead
 from segmodels.models.base import SegmentationModel, check_input, upsample
@@ -22,22 +23,23 @@ from segmodels.models.base import SegmentationModel, check_input, upsample
 class DeepLabDT(SegmentationModel):
     """DeepLab's classifier, ``edge_net`` and a domain transform at the resolution of the image, trained end to end.
 
-    The paper has DeepLab-LargeFOV on VGG-16; ``rates=(12,), image_pooling=False`` is nearest to it.
+    The paper has DeepLab-LargeFOV on VGG-16: ``backbone="vgg16", fc6="largefov", pool=3, aspp=False``.
 
     Args:
         backbone: see :class:`segmodels.backbones.base.Backbone`; its output stride is the model's.
         num_classes: channels of the logits.
         aux_loss: with an auxiliary head on the features before the last stage, active in training.
-        edge_levels: the backbone's features that EdgeNet reads, of ``"low"``, ``"mid"``, ``"aux"`` and ``"out"``; the paper takes
-            some from before the last stage.
+        edge_levels: the backbone's features that EdgeNet reads, of ``"low"``, ``"mid"``, ``"aux"``, ``"out"`` and, of VGG-16,
+            ``"pool1"`` to ``"pool5"``; the paper takes some from before the last stage.
         sigma_s, sigma_r, iterations: of :func:`atrous_kernels.domain_transform`; the paper trains with widths 100 and 1.
-        rates, image_pooling, dropout, head_channels, head_conv: as in :class:`segmodels.models.DeepLabV3`.
+        aspp, rates, image_pooling, dropout, head_channels, head_conv: as in :class:`segmodels.models.DeepLabV3`.
 
     Raises:
         ValueError: an argument outside these.
     """
 
     default_output_stride = 8
+    backbones = (*BACKBONES, "vgg16")
 
     def __init__(
         self,
@@ -49,6 +51,7 @@ class DeepLabDT(SegmentationModel):
         sigma_s: float = 100.0,
         sigma_r: float = 1.0,
         iterations: int = 3,
+        aspp: bool = True,
         rates: tuple[int, ...] = (6, 12, 18),
         image_pooling: bool = True,
         dropout: float = 0.5,
@@ -61,7 +64,7 @@ class DeepLabDT(SegmentationModel):
         if not (sigma_s > 0 and sigma_r > 0 and iterations > 0):
             given = f"sigma_s={sigma_s}, sigma_r={sigma_r}, iterations={iterations}"
             raise ValueError(f"{given}: expected numbers above 0")
-        classifier = DeepLabHead(
+        classifier = PlainHead(backbone.channels["out"], num_classes) if not aspp else DeepLabHead(
             backbone.channels["out"], num_classes, rates, channels=head_channels, image_pooling=image_pooling, dropout=dropout,
             head_conv=head_conv,
         )  # fmt: skip

@@ -54,20 +54,23 @@ class ScoreBranch(nn.Sequential):
         return x
 
 
-def fully_connected(in_channels: int, channels: int, rate: int, dropout: float) -> list[nn.Module]:
-    """fc6, a 3x3 convolution, and fc7, each with ReLU and dropout, for a backbone that has none."""
-    fc6 = Conv2d(in_channels, channels, 3, padding=rate, dilation=rate)
+def fully_connected(in_channels: int, channels: int, rate: int, dropout: float, kernel: int = 3) -> list[nn.Module]:
+    """fc6 and fc7, each with ReLU and dropout, for a backbone that has none."""
+    fc6 = Conv2d(in_channels, channels, kernel, padding=rate * (kernel - 1) // 2, dilation=rate)
     fc7 = Conv2d(channels, channels, 1)
     layers: list[nn.Module] = [m for fc in (fc6, fc7) for m in (fc, nn.ReLU(inplace=True), nn.Dropout(dropout))]
     init_convolutions(nn.ModuleList(layers))
-    return layers
+    # Zeros around an even kernel cannot be the same on both sides.
+    return [nn.ZeroPad2d((0, 1, 0, 1)), *layers] if rate * (kernel - 1) % 2 else layers
 
 
-def large_fov(backbone: Backbone, channels: int, dropout: float) -> tuple[nn.Sequential, int]:
-    """What LargeFOV needs behind a backbone, and its width: nothing behind VGG-16, otherwise what VGG-16 has of it."""
+def field_of_view(backbone: Backbone, channels: int, kernel: int, rate: int, dropout: float) -> tuple[nn.Sequential, int]:
+    """What stands between a backbone and fc8, and its width: nothing behind VGG-16, otherwise what VGG-16 has of it. As there,
+    only LargeFOV, the kernel of 3, averages before it skips."""
     if isinstance(backbone, VGG16):
         return nn.Sequential(), backbone.channels["out"]
-    return nn.Sequential(nn.AvgPool2d(3, 1, 1), *fully_connected(backbone.channels["out"], channels, 12, dropout)), channels
+    pool = [nn.AvgPool2d(3, 1, 1)] if kernel == 3 else []
+    return nn.Sequential(*pool, *fully_connected(backbone.channels["out"], channels, rate, dropout, kernel)), channels
 
 
 class DeepLabV1(ClassicModel):
@@ -80,7 +83,8 @@ class DeepLabV1(ClassicModel):
         msc: scores of the image and of pool1 to pool4 are added to those of fc7. In training they meet at stride 8, otherwise at
             the size of the image, which ``logits`` then have.
         branch_channels, dropout: of these branches.
-        fc_channels: width of LargeFOV, behind a backbone other than VGG-16; its dropout is ``dropout``.
+        fc_channels, fc_kernel, fc_rate: width, kernel and rate of fc6 behind a backbone other than VGG-16; its dropout is
+            ``dropout``.
 
     Raises:
         ValueError: ``msc`` on another backbone than VGG-16.
@@ -100,8 +104,10 @@ class DeepLabV1(ClassicModel):
         branch_channels: int = 128,
         dropout: float = 0.5,
         fc_channels: int = 1024,
+        fc_kernel: int = 3,
+        fc_rate: int = 12,
     ) -> None:
-        fc7, width = large_fov(backbone, fc_channels, dropout)
+        fc7, width = field_of_view(backbone, fc_channels, fc_kernel, fc_rate, dropout)
         classifier = nn.ModuleDict({"fc7": fc7, "fc8": classifier_of(width, num_classes)})
         if msc and not isinstance(backbone, VGG16):
             raise ValueError(f"msc=True: expected vgg16, whose pools it scores, not {type(backbone).__name__}")

@@ -89,6 +89,8 @@ class Dilation8(FrontEnd):
     Args:
         context: ``"basic"`` (as for CamVid) or ``"large"`` (as for VOC: all zeros around the scores at once).
         noise: standard deviation of the context module's weights beside the identity (equation 5).
+        identity: False: Glorot's random initialisation in its place, for comparison (section 3).
+        pad_first: all zeros around the scores at once; by default with the large context.
         tile: rows and columns of scores that the context module sees at once, with zeros around, as in the authors' evaluation:
             (66, 66) for VOC, (66, 91) for CamVid, (128, 128) for Cityscapes. None: the whole image. The front end does not
             depend on it.
@@ -104,6 +106,8 @@ class Dilation8(FrontEnd):
         aux_loss: bool = False,
         context: str = "large",
         noise: float = 0.01,
+        identity: bool = True,
+        pad_first: bool | None = None,
         tile: Sequence[int] | None = None,
     ) -> None:
         widths = {"basic": None, "large": LARGE_WIDTHS}
@@ -115,7 +119,8 @@ class Dilation8(FrontEnd):
             if len(tile) != 2 or not all(isinstance(side, int) and side > 0 for side in tile):
                 raise ValueError(f"tile={tuple(tile)}: expected two positive integers, rows and columns of scores")
             self.tile = (tile[0], tile[1])
-        self._context_options = {"widths": widths[context], "pad_first": context == "large", "noise": noise}
+        pad_first = context == "large" if pad_first is None else pad_first
+        self._context_options = {"widths": widths[context], "pad_first": pad_first, "noise": noise, "identity": identity}
         super().__init__(backbone, num_classes, aux_loss=aux_loss)
 
     def _context(self, num_classes: int) -> ContextModule:

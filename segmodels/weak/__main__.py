@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m segmodels.weak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", metavar="NAME", help="data set: camvid, voc, folder or synthetic")
+    parser.add_argument("name", metavar="NAME", help="data set, see python -m segmodels.data list")
     parser.add_argument("root", metavar="ROOT", nargs="?", help="its folder")
     parser.add_argument("--out", metavar="FILE", required=True, help="the JSON to write")
     parser.add_argument("--split", default="train", help="default: %(default)s")

@@ -32,10 +32,11 @@ class MixedSampler(ResumableSampler):
         self.kinds = (np.asarray(strong), strong_per_batch), (np.asarray(weak), batch_size - strong_per_batch)
         batches = max(1, *(len(indices) // share for indices, share in self.kinds))
         super().__init__(batches * batch_size, seed, True, batch_size, True)
+        self.parts = tuple(share for _, share in self.kinds)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         passes, indices = self._keys(self.epoch)
-        for key in range(self.position, self.epoch_size):
+        for key in self._places():
             yield int(passes[key]), int(indices[key])
 
     def order(self, epoch: int) -> np.ndarray:

@@ -75,6 +75,12 @@ def _calls(ops: Any) -> dict[str, Any]:
         calls[f"pyramid_pool_input {maximum}"] = lambda maximum=maximum, pooled=pooled, index=index: ops.pyramid_pool_input(
             pooled, index, x.shape, bins, maximum, False
         )
+    near, filters = x.contiguous(memory_format=torch.channels_last), w.contiguous(memory_format=torch.channels_last)
+    geometry = ([1, 1], [2, 2], [2, 2], 1)
+    calls["conv2d_tensor_core"] = lambda: ops.conv2d_tensor_core(near, filters, None, *geometry)
+    calls["conv2d_input_tensor_core"] = lambda: ops.conv2d_input_tensor_core(x.shape, filters, near, *geometry)
+    calls["conv2d_weight_tensor_core"] = lambda: ops.conv2d_weight_tensor_core(near, w.shape, near, *geometry)
+    calls["permutohedral_lattice"] = lambda: ops.permutohedral_lattice(torch.randn(1, 2, 36))
     return calls
 
 
@@ -113,6 +119,7 @@ def test_every_op_has_a_guard_and_the_framework_s_memory(binding: Path) -> None:
     text = binding.read_text()
     assert text.count("DeviceGuard guard(") >= text.count("m.impl(") > 0
     assert "cudaMalloc" not in text
+    assert "STABLE_TORCH_ERROR_CODE_CHECK" not in text + (binding.parent / "binding.h").read_text()  # not in PyTorch 2.11
 
 
 GOOD = dict(

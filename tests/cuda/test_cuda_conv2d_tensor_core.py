@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from torch.nn.grad import conv2d_input as framework_conv2d_input
 from torch.nn.grad import conv2d_weight as framework_conv2d_weight
 
 import atrous_kernels as ak
+from atrous_kernels import simulate, tensor_core_plan
+from atrous_kernels.gpus import GPUS
+from atrous_kernels.problem import ConvProblem
 
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="no C++ compiler to build the emulated kernels with")
 
@@ -215,6 +219,19 @@ def test_through_the_library() -> None:
     assert all(torch.allclose(a.double(), b, rtol=5e-3, atol=0.15) for a, b in zip(ours, expected, strict=True))
 
 
+def test_channels_that_do_not_fill_vectors() -> None:
+    """13 channels in, 21 out: through the library they are filled up with zeros, forwards and back. Integers: exact."""
+    x, w = (torch.randint(-2, 3, size).half().requires_grad_() for size in ((2, 13, 6, 5), (21, 13, 3, 3)))
+    g = torch.randint(-2, 3, (2, 21, 6, 5)).half()
+    with emulated.as_cuda_backend("conv2d", "conv2d_input", "conv2d_weight"):
+        out = ak.conv2d(x.contiguous(memory_format=torch.channels_last), w, padding=2, dilation=2, backend="tensor_core")
+        ours = [out, *torch.autograd.grad(out, (x, w), g)]
+    X, W = x.detach().float().requires_grad_(), w.detach().float().requires_grad_()
+    exact = framework_conv2d(X, W, padding=2, dilation=2)
+    expected = [exact, *torch.autograd.grad(exact, (X, W), g.float())]
+    assert all(torch.equal(a, b.half()) for a, b in zip(ours, expected, strict=True))
+
+
 # The plan --------------------------------------------------------------------------------------------------------------
 
 
@@ -228,11 +245,11 @@ def plan_library() -> ctypes.CDLL:
 @pytest.mark.parametrize(
     ("size", "weight", "rate", "expected"),
     [
-        pytest.param((16, 2048, 33, 33), (256, 3), 12, (True, 128, 4), id="ASPP"),
+        pytest.param((16, 2048, 33, 33), (256, 3), 12, (True, 128, 3), id="ASPP"),
         pytest.param((1, 2048, 33, 33), (256, 3), 12, (False, 128, 3), id="ASPP, one image: few tiles"),
-        pytest.param((16, 512, 33, 33), (512, 3), 2, (True, 128, 8), id="block 4"),
-        pytest.param((16, 256, 129, 129), (21, 1), 1, (False, 64, 256), id="classifier"),
-        pytest.param((16, 64, 129, 129), (64, 3), 1, (False, 64, 114), id="64 channels"),
+        pytest.param((16, 512, 33, 33), (512, 3), 2, (True, 128, 5), id="block 4"),
+        pytest.param((16, 256, 129, 129), (21, 1), 1, (False, 64, 165), id="classifier"),
+        pytest.param((16, 64, 129, 129), (64, 3), 1, (False, 64, 74), id="64 channels"),
     ],
 )
 def test_tiles_and_splits(size: Any, weight: Any, rate: int, expected: tuple[bool, int, int]) -> None:
@@ -242,6 +259,37 @@ def test_tiles_and_splits(size: Any, weight: Any, rate: int, expected: tuple[boo
     found = (ctypes.c_int64 * 3)()
     plan_library().tensor_core_plan((ctypes.c_int64 * 16)(*numbers), found)
     assert (bool(found[0]), found[1], found[2]) == expected
+
+
+PLANS = {
+    "ASPP": ConvProblem(16, 2048, 256, (33, 33), (3, 3), padding=(12, 12), dilation=(12, 12), dtype=torch.bfloat16),
+    "block 4": ConvProblem(16, 512, 512, (33, 33), (3, 3), padding=(2, 2), dilation=(2, 2), dtype=torch.bfloat16),
+    "strided, ragged": ConvProblem(3, 40, 72, (37, 29), (3, 5), (2, 3), (1, 4), (1, 2)),
+    "more taps than a plan holds": ConvProblem(1, 8, 24, (21, 40), (19, 2), padding=(9, 0), dtype=torch.float16),
+    "a tap that is never valid": ConvProblem(2, 16, 16, (9, 9), (3, 3), padding=(20, 1), dilation=(20, 1)),
+    "empty batch": ConvProblem(0, 16, 16, (9, 9), (3, 3)),
+}
+
+
+@pytest.mark.parametrize("problem", PLANS.values(), ids=PLANS)
+def test_the_model_knows_every_block(problem: ConvProblem) -> None:
+    """``tensor_core_plan.py`` against the C++, block by block in launch order; and no work is lost."""
+    problem = replace(problem, channels_last=True)
+    numbers = [*problem.sizes[0], *problem.sizes[2][1:], *problem.kernel, *problem.stride, *problem.padding, *problem.dilation, 1]
+    for op, name in enumerate(simulate.OPS):
+        planned = list(tensor_core_plan.planned(name, problem))
+        blocks = [
+            [launch, side, one.rows, one.columns, one.taps, one.depth]
+            for launch, (side, of_launch) in enumerate(planned) for one in of_launch
+        ]  # fmt: skip
+        found = (ctypes.c_int64 * (6 * len(blocks) + 6))()
+        shape, depth = (ctypes.c_int64 * 16)(*numbers), ctypes.c_int64(64 // problem.dtype.itemsize)
+        count = plan_library().tensor_core_blocks(shape, op, depth, found, ctypes.c_int64(len(blocks) + 1))
+        assert count == len(blocks)
+        assert [list(found[6 * i : 6 * i + 6]) for i in range(count)] == blocks
+        each = [simulate.simulate(work, GPUS["h200"]) for work in tensor_core_plan.works(name, problem)]
+        assert sum(one.valid_flops for one in each) == problem.valid_flops
+        assert all(one.executed_flops >= one.valid_flops for one in each)
 
 
 @pytest.mark.parametrize("single", [False, True], ids=["16-bit", "32-bit"])

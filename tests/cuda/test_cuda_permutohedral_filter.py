@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import emulated
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 import atrous_kernels as ak
 from atrous_kernels.ops.permutohedral_filter import permutohedral_filter, permutohedral_filter_weights
-from tests.ops.test_permutohedral_filter import TOLERANCE, _features
+from tests.ops.test_permutohedral_filter import LATTICES, TOLERANCE, _features, check_lattice
 
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="no C++ compiler to build the emulated kernels with")
 
@@ -28,23 +28,9 @@ def _emulation() -> Iterator[None]:
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(
-    n=st.integers(0, 3),
-    d=st.integers(1, 6),
-    size=st.tuples(st.integers(1, 17), st.integers(1, 17)),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
-    spread=st.sampled_from([0.01, 1.0, 30.0]),
-    seed=st.integers(0, 2**31),
-)
-def test_the_lattice_is_that_of_the_definition(
-    n: int, d: int, size: tuple[int, int], dtype: torch.dtype, spread: float, seed: int
-) -> None:
-    torch.manual_seed(seed)
-    features = _features(n, d, *size, dtype, spread)
-    ours, truth = (ak.permutohedral_lattice(features, backend=backend) for backend in BACKENDS)
-    for a, b in zip(ours, truth, strict=True):
-        # As on the CPU: integers agree exactly, weights are differences of coordinates of up to 12 spread.
-        torch.testing.assert_close(a, b, rtol=0, atol=200 * spread * torch.finfo(dtype).eps if a.is_floating_point() else 0)
+@given(**LATTICES)
+def test_the_lattice_is_that_of_the_definition(**case: Any) -> None:
+    check_lattice("cuda", **case)
 
 
 def test_more_vertices_than_two_digits_of_the_sort() -> None:

@@ -43,13 +43,17 @@ def check_contract(dataset, classes: int) -> None:
 
 
 def test_unknown_name_lists_the_valid_ones():
-    with pytest.raises(ValueError, match="unknown dataset 'citiscapes'; expected one of camvid, folder, synthetic, voc"):
+    with pytest.raises(ValueError, match="unknown dataset 'citiscapes'; expected one of ade20k, camvid, cityscapes, coco"):
         create_dataset("citiscapes")
 
 
 @pytest.mark.parametrize(
     ("name", "valid"),
-    [("camvid", "train, val, test"), ("voc", "train, train_aug, val, trainval"), ("synthetic", "train, val, test")],
+    [
+        ("camvid", "train, val, test"),
+        ("voc", "train, train_aug, val, trainval, trainval_aug, test"),
+        ("synthetic", "train, val, test"),
+    ],
 )
 def test_unknown_split_lists_the_valid_ones(name: str, valid: str):
     with pytest.raises(ValueError, match=f"unknown split 'dev' of dataset '{name}'; expected one of {valid}"):

@@ -32,6 +32,11 @@ def test_attention_to_scale_trains_and_draws_its_maps(tmp_path) -> None:
     assert [weights.shape for weights in maps] == [(20, 31)] * 3
     total = np.sum(maps, axis=0, dtype=int)
     assert abs(total - 255).max() <= 1  # each of the three is rounded
+    for refine, settings in (("crf", "eval.crf=[5,20,60,3,3]"), ("dt", "eval.dt=[20,500]"), ("crf_rnn", "eval.flip=true")):
+        assert predict.main([*command, settings, "--masks", "--refine", refine, "--scales", "0.5", "1.25"]) == 0
+        mask = cv2.imread(str(tmp_path / "out" / "image_mask.png"), cv2.IMREAD_UNCHANGED)
+        assert mask.shape == (20, 31)
+        assert mask.max() < 11
     with pytest.raises(ValueError, match="Conv2d has no attention maps"):
         Predictor(nn.Conv2d(3, 2, 1)).attention(image)
 

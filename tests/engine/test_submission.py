@@ -13,9 +13,10 @@ from PIL import Image
 from segmodels import create_model, predict
 from segmodels.config import load_config
 from segmodels.data import class_names, voc_colormap
+from segmodels.data.cityscapes import LABEL_IDS
 from segmodels.engine.checkpoints import save_checkpoint
 from segmodels.engine.metrics import ConfusionMatrix
-from segmodels.engine.submission import CITYSCAPES_IDS, write_submission
+from segmodels.engine.submission import write_submission
 
 
 def maps(classes: int, seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -72,7 +73,7 @@ def test_scores_are_those_of_cityscapesscripts(tmp_path) -> None:
     official = pytest.importorskip(name, reason="cityscapesscripts is not installed")
     truths, predictions = maps(19, seed=0)
     ids = np.zeros(256, np.uint8)  # void is id 0
-    ids[:19] = CITYSCAPES_IDS
+    ids[:19] = LABEL_IDS
     pairs = []
     for index, (truth, prediction) in enumerate(zip(truths, predictions, strict=True)):
         stem = f"ulm_00000{index}_000019"

@@ -114,7 +114,7 @@ def test_unknown_output_stride(output_stride):
         ("resnet50", {"first_block": "half"}, "first_block='half': expected 'previous' or 'full'"),
         ("resnet50", {"stem": "wide"}, "stem='wide': expected 'conv7' or 'deep'"),
         ("resnet50", {"stride_placement": "5x5"}, "expected '3x3' or '1x1' or 'last'"),
-        ("resnet18", {"stride_placement": "1x1"}, "stride_placement='1x1': expected '3x3'"),
+        ("resnet18", {"stride_placement": "last"}, "stride_placement='last': expected '3x3' or '1x1'"),
         ("resnet50", {"cascade": 4}, "cascade=4: expected 0 to 3"),
         ("resnet50", {"stages": 1}, "stages=1: expected 2 to 4"),
         ("resnet50", {"stages": 3, "cascade": 1}, "stages=3: expected 2 to 4, and 4 with a cascade"),

@@ -147,3 +147,26 @@ def test_models_command(capsys):
     assert "Pyramid Scene Parsing Network" in out
     with pytest.raises(ValueError, match="no model matches unet"):
         models_command.main(["unet"])
+
+
+@pytest.mark.parametrize(("kernel", "rate"), [(4, 1), (4, 2), (7, 1), (3, 3)])
+def test_fields_of_view_behind_a_light_backbone_keep_the_map(kernel, rate):
+    model = create_model("deeplabv1_resnet18", 5, width_mult=1 / 16, fc_channels=8, fc_kernel=kernel, fc_rate=rate).eval()
+    x = torch.zeros(1, model.backbone.channels["out"], 20, 20)
+    x[..., 10, 10] = 1
+    seen = (model.classifier["fc7"](x) != model.classifier["fc7"](torch.zeros_like(x))).any(1)[0]
+    assert seen.shape == (20, 20)
+    reach = (kernel - 1) * rate + 1 + (2 if kernel == 3 else 0)  # LargeFOV averages 3 x 3 first
+    rows = seen.any(1).nonzero()[:, 0]
+    assert int(rows.max() - rows.min()) + 1 <= reach
+
+
+def test_a_random_context_module_is_no_identity():
+    scores = torch.rand(1, 5, 12, 12)
+    passed = {}
+    for identity in (True, False):
+        torch.manual_seed(0)
+        options = {"context": "basic", "noise": 0.0, "identity": identity, "width_mult": 1 / 16}
+        context = create_model("dilation8_resnet18", 5, **options).classifier.context
+        passed[identity] = torch.equal(context(scores), scores)
+    assert passed == {True: True, False: False}

@@ -54,6 +54,16 @@ def test_inference_finishes_its_sums(name, backend, dtype, layout, activation, r
     torch.testing.assert_close(auto.double(), truth, rtol=FINISHED[dtype], atol=FINISHED[dtype])
 
 
+def test_a_residual_may_be_a_view_with_gaps() -> None:
+    """The shortcut of a block whose stride is in its last unit (DeepLabv3): every second pixel of the input."""
+    x = torch.randn(1, 16, 6, 6).contiguous(memory_format=torch.channels_last)
+    w = torch.randn(16, 16, 1, 1).contiguous(memory_format=torch.channels_last)
+    shortcut = torch.randn(1, 16, 12, 12).contiguous(memory_format=torch.channels_last)[:, :, ::2, ::2]
+    one, zero = torch.ones(16), torch.zeros(16)
+    out = ak.conv_bn_relu(x, w, one, zero, zero, one, residual=shortcut)
+    torch.testing.assert_close(out, F.relu(F.batch_norm(F.conv2d(x, w), zero, one) + shortcut), rtol=1e-4, atol=1e-4)
+
+
 def test_residual_mistakes_are_named() -> None:
     x, w, one = torch.zeros(1, 4, 6, 6), torch.zeros(8, 4, 3, 3), torch.ones(8)
     with pytest.raises(ValueError, match=r"residual: expected the sizes of the output \[1, 8, 6, 6\]"):

@@ -355,6 +355,7 @@ import sys
 import torch
 import torch.distributed as dist
 import atrous_kernels as ak
+from atrous_kernels.sync_batch_norm import SyncBatchNorm2d
 rank, where, backend = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 dist.init_process_group("gloo", init_method=f"file://{where}/store", rank=rank, world_size=2)
 torch.manual_seed(0)
@@ -365,6 +366,9 @@ x, g = x[part].requires_grad_(), g[part]
 out = layer(x)
 grads = torch.autograd.grad(out, (x, *layer.parameters()), g, retain_graph=True)
 torch.save([out.detach(), *grads, layer[1].running_mean, layer[1].running_var], f"{where}/{rank}.pt")
+norm = torch.nn.BatchNorm2d(3)
+norm.__class__ = SyncBatchNorm2d
+torch.save([norm(x).detach(), norm.running_mean, norm.running_var, norm.num_batches_tracked], f"{where}/norm{rank}.pt")
 try:
     torch.autograd.grad(layer(x).sum(), x, create_graph=True)
 except NotImplementedError as error:
@@ -404,6 +408,9 @@ def test_two_processes_are_one_batch(backend: str, tmp_path: Path) -> None:
     for index, name in enumerate(("running_mean", "running_var"), start=len(truth)):
         assert torch.equal(first[index], second[index])
         torch.testing.assert_close(first[index], getattr(layer[1], name))
+    norm, (first, second) = torch.nn.BatchNorm2d(3), (torch.load(tmp_path / f"norm{rank}.pt") for rank in (0, 1))
+    torch.testing.assert_close(torch.cat([first[0], second[0]]), norm(x.detach()))
+    torch.testing.assert_close(first[1:], [norm.running_mean, norm.running_var, norm.num_batches_tracked])
 
 
 @pytest.mark.parametrize("isa", built_isas())

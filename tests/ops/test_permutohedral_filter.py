@@ -38,25 +38,31 @@ def _features(n: int, d: int, height: int, width: int, dtype: torch.dtype = torc
     return x
 
 
-@needs_cpu
-@settings(max_examples=60, deadline=None)
-@given(
+LATTICES: dict[str, Any] = dict(
     n=st.integers(0, 3),
     d=st.integers(1, 6),
-    size=st.tuples(st.integers(1, 23), st.integers(1, 23)),
+    size=st.tuples(st.integers(1, 17), st.integers(1, 17)),
     dtype=st.sampled_from([torch.float32, torch.float64]),
     spread=st.sampled_from([0.01, 1.0, 30.0]),
     seed=st.integers(0, 2**31),
 )
-def test_the_lattice_is_that_of_the_definition(
-    n: int, d: int, size: tuple[int, int], dtype: torch.dtype, spread: float, seed: int
-) -> None:
+
+
+def check_lattice(backend: str, n: int, d: int, size: tuple[int, int], dtype: torch.dtype, spread: float, seed: int) -> None:
+    """That the lattice of features drawn so is the reference's."""
     torch.manual_seed(seed)
     features = _features(n, d, *size, dtype, spread)
-    ours, truth = (ak.permutohedral_lattice(features, backend=backend) for backend in BACKENDS)
+    ours, truth = (ak.permutohedral_lattice(features, backend=one) for one in (backend, "reference"))
     for a, b in zip(ours, truth, strict=True):
         # Both round alike, so integers and order agree exactly; weights are differences of coordinates of up to 12 spread.
         torch.testing.assert_close(a, b, rtol=0, atol=200 * spread * torch.finfo(dtype).eps if a.is_floating_point() else 0)
+
+
+@needs_cpu
+@settings(max_examples=60, deadline=None)
+@given(**LATTICES)
+def test_the_lattice_is_that_of_the_definition(**case: Any) -> None:
+    check_lattice("cpu", **case)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -209,6 +215,23 @@ def test_mean_field_against_the_definition(channels: int, normalization: str, po
         # Differences of unary of 1e-5 move a marginal by as much, and each iteration passes them on about once.
         torch.testing.assert_close(ours, truth, rtol=1e-3, atol=1e-4)
     assert torch.equal(ak.mean_field(unary, [], [], 3), (-unary).softmax(1))
+
+
+@needs_cpu
+@pytest.mark.parametrize("channels", [3, 21, 70])
+def test_mean_field_a_few_channels_at_a_time(channels: int, poison: None) -> None:
+    """Of large images; the same bits, from energies of any strides."""
+    features = _features(1, 5, 23, 31)
+    grid = torch.stack(torch.meshgrid(torch.arange(23.0), torch.arange(31.0), indexing="ij"))[None]
+    lattices = [array for x in (features, grid) for array in ak.permutohedral_lattice(x).arrays()]
+    unary = torch.randn(channels, 23 * 31).T
+    factors = [-2 * torch.rand(channels), -torch.rand(channels)]
+    run = torch.ops.atrous_native.mean_field
+    whole = run(unary, lattices, factors, [], [], 4)
+    assert torch.equal(whole, run(unary, lattices, factors, [], [], 4, most_vertex_bytes=1))
+    assert torch.equal(whole, run(unary.contiguous(), lattices, factors, [], [], 4))
+    mixing = [factors[0], torch.randn(channels, channels)]  # all channels at once, whatever it takes
+    assert torch.equal(run(unary, lattices, mixing, [], [], 2), run(unary, lattices, mixing, [], [], 2, most_vertex_bytes=1))
 
 
 @needs_cpu

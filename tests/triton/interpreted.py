@@ -17,10 +17,32 @@ def _kernels() -> Any:
 
     assert runtime.interpreting()
     _patch_language_once()
+    _refuse_masks_of_scalars()
     # Unwritten elements of torch.empty read as NaN.
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     return conv2d
+
+
+def _refuse_masks_of_scalars() -> None:
+    """A mask made with a condition on a scalar (``block & (scalar > 0)``) is an array of integers to the interpreter, which
+    Triton 3.9 refuses and older versions take: here all refuse it."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    for name, position in (("create_masked_load", 1), ("create_masked_store", 2)):
+        original = getattr(InterpreterBuilder, name)
+        if hasattr(original, "refuses"):
+            continue
+
+        def checked(self: Any, *arguments: Any, _original: Any = original, _at: int = position, **named: Any) -> Any:
+            mask = arguments[_at]
+            dtype = (mask.data if isinstance(mask, TensorHandle) else mask).dtype
+            if dtype.kind != "b":
+                raise TypeError(f"mask has unsupported dtype {dtype}: is one of its conditions on scalars alone?")
+            return _original(self, *arguments, **named)
+
+        checked.refuses = True
+        setattr(InterpreterBuilder, name, checked)
 
 
 def _patch_language_once() -> None:
@@ -181,8 +203,8 @@ def far_target(folder: str, dim: int, stride: int, like: Tensor, name: str, *arg
         kernels.new_tensor = allocate
 
 
-def tuned(problem: Any, configs: list[tuple[int, ...]]) -> tuple[dict[Any, float], dict[str, str], str | None]:
-    """The tuner's times and rejections of ``configs`` on the CPU, and what it says of a wrong result."""
+def _tune() -> Any:
+    """The tuner, with a clock that gives every launch a second."""
     from atrous_kernels import tune
 
     _kernels()
@@ -195,18 +217,43 @@ def tuned(problem: Any, configs: list[tuple[int, ...]]) -> tuple[dict[Any, float
             return 1.0
 
     tune.Stopwatch, tune.ROUNDS = Stopwatch, 1  # type: ignore[misc]
-    device = torch.device("cpu")
+    return tune
+
+
+def tuned(problem: Any, configs: list[tuple[int, ...]]) -> tuple[dict[Any, float], dict[str, str], str | None]:
+    """The tuner's times and rejections of ``configs`` on the CPU, and what it says of a wrong result."""
+    from atrous_kernels import tune_calls
+
+    tune, device = _tune(), torch.device("cpu")
+    calls = list(tune_calls.convolutions(problem))
     totals: dict[Any, float] = {}
     reasons: dict[str, str] = {}
-    for task in tune.tasks([problem]):
+    for task in tune.tasks(calls):
         times, rejected = tune.measured(task, configs, device)
         reasons |= rejected
         for config, seconds in times.items():
             totals[config] = totals.get(config, 0) + seconds
-    tensors = tune.operands(problem, device)
-    expected = tune.truth("conv2d", problem, tensors)
+    tensors = calls[0].filled(device)
+    (expected,) = calls[0].truth(*tensors)
     expected[0, 0, 0, 0] += 1
-    return totals, reasons, tune.wrong("conv2d", problem, tensors, expected)
+    return totals, reasons, tune.wrong(calls[0], tensors, [expected])
+
+
+def tuned_kinds(dtype: torch.dtype, problem: Any, upsampling: Any, configs: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Per kind of kernel the tuner's rows and rejections of small calls, each with the rule and one other configuration."""
+    from atrous_kernels import tune_calls
+
+    tune, size = _tune(), (1, 10, 5, 4)
+    calls = [
+        *tune_calls.branches(problem), *tune_calls.passes(size, dtype, True), *tune_calls.pooling(size, dtype, True),
+        *tune_calls.pooled_half(size, dtype, True), *tune_calls.losses(upsampling, True),
+    ]  # fmt: skip
+    found: dict[str, Any] = {}
+    for task in tune.tasks(calls):
+        totals, rejected = tune.measured(task, [(), configs[task.kind]], torch.device("cpu"))
+        totals[()] *= 2  # so that the other wins
+        found[f"{task.kind} {task.key}"] = (tune.entry(task, totals), rejected)
+    return found
 
 
 def second_derivatives(backend: str) -> list[float]:

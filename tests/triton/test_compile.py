@@ -34,7 +34,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_every_kernel_is_compiled_for_every_target(table: dict[str, Any]) -> None:
     compiled = {(row["kernel"], row["op"], row["dtype"], row["target"]) for row in table["rows"]}
     for target in SHARED_LIMIT:
-        for dtype in ("bfloat16",) if target == "sm_100" else ("bfloat16", "float32"):
+        for dtype in ("bfloat16", "float32"):
             for module in ("conv2d", "depthwise_conv2d"):
                 assert (f"{module}._correlate", "conv2d", dtype, target) in compiled
                 assert (f"{module}._correlate", "conv2d_input", dtype, target) in compiled

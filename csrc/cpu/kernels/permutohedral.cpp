@@ -35,12 +35,18 @@ template <class T, int width, int parts, class Body> inline void parts_from(int6
   body.template operator()<width, parts>(at);
 }
 
+// Only the last two parts of a row overlap, and they are in one group: what a group overwrites no later one reads.
 template <class T, int width, class Body> inline void with_width(int64_t channels, const Body& body) {
   int64_t first = 0;
-  for (; channels - first > (most_parts - 1) * width; first += most_parts * width)
+  for (; channels - first > (most_parts + 1) * width; first += most_parts * width)
     parts_from<T, width, most_parts>(channels, first, body);
+  if (channels - first > most_parts * width) {
+    parts_from<T, width, most_parts - 1>(channels, first, body);
+    first += (most_parts - 1) * width;
+  }
   const int64_t left = channels - first;
-  if (left > 2 * width) parts_from<T, width, 3>(channels, first, body);
+  if (left > 3 * width) parts_from<T, width, 4>(channels, first, body);
+  else if (left > 2 * width) parts_from<T, width, 3>(channels, first, body);
   else if (left > width) parts_from<T, width, 2>(channels, first, body);
   else if (left > 0) parts_from<T, width, 1>(channels, first, body);
 }
@@ -57,6 +63,9 @@ constexpr int64_t block_terms = 256;
 
 template <class T> void weighted(const WeightedRows<T>& rows) {
   over_row<T>(rows.channels, [&]<int width, int parts>(const int64_t* at) {
+    Part<T, width> factor[parts];
+#pragma GCC unroll 4
+    for (int i = 0; i < parts; ++i) factor[i] = rows.factor ? load_part<width>(rows.factor + at[i]) : Part<T, width>{} + 1;
     for (int64_t r = rows.first; r < rows.last; ++r) {
       int64_t k = rows.begin ? rows.begin[r] : r * rows.terms;
       const int64_t end = rows.begin ? rows.begin[r + 1] : k + rows.terms;
@@ -65,7 +74,7 @@ template <class T> void weighted(const WeightedRows<T>& rows) {
         const int64_t stop = end - k > block_terms ? k + block_terms : end;
         Part<T, width> sum[parts] = {};
         for (; k < stop; ++k) {
-          const T* src = rows.src + static_cast<int64_t>(rows.index[k]) * rows.channels;
+          const T* src = rows.src + static_cast<int64_t>(rows.index[k]) * rows.src_stride;
           const T weight = rows.scale ? rows.weight[k] * rows.scale[rows.index[k]] : rows.weight[k];
 #pragma GCC unroll 4
           for (int i = 0; i < parts; ++i) sum[i] += load_part<width>(src + at[i]) * weight;
@@ -74,16 +83,13 @@ template <class T> void weighted(const WeightedRows<T>& rows) {
         for (int i = 0; i < parts; ++i) total[i] += sum[i];
       }
 #pragma GCC unroll 4
-      for (int i = 0; i < parts; ++i) store_part<width>(rows.dst + r * rows.channels + at[i], total[i]);
+      for (int i = 0; i < parts; ++i) store_part<width>(rows.dst + r * rows.channels + at[i], total[i] * factor[i]);
     }
   });
 }
 
 template <class T> void blur(const BlurRows<T>& rows) {
   over_row<T>(rows.channels, [&]<int width, int parts>(const int64_t* at) {
-    Part<T, width> scale[parts];
-#pragma GCC unroll 4
-    for (int i = 0; i < parts; ++i) scale[i] = rows.scale ? load_part<width>(rows.scale + at[i]) : Part<T, width>{} + 1;
     for (int64_t r = rows.first; r < rows.last; ++r) {
       const T* src = rows.src + r * rows.channels;
       const T* a = rows.src + static_cast<int64_t>(rows.neighbours[2 * r]) * rows.channels;
@@ -91,9 +97,34 @@ template <class T> void blur(const BlurRows<T>& rows) {
 #pragma GCC unroll 4
       for (int i = 0; i < parts; ++i) {
         const Part<T, width> around = load_part<width>(a + at[i]) + load_part<width>(b + at[i]);
-        store_part<width>(rows.dst + r * rows.channels + at[i],
-                          (load_part<width>(src + at[i]) + around * static_cast<T>(0.5)) * scale[i]);
+        store_part<width>(rows.dst + r * rows.channels + at[i], load_part<width>(src + at[i]) + around * static_cast<T>(0.5));
       }
+    }
+  });
+}
+
+template <class T> void blur_chains(const BlurChains<T>& chains) {
+  over_row<T>(chains.channels, [&]<int width, int parts>(const int64_t* at) {
+    const auto row = [&](int32_t vertex) { return chains.values + static_cast<int64_t>(vertex) * chains.channels; };
+    for (int64_t k = 0; k < chains.count;) {
+      T* here = row(~chains.order[k]);
+      Part<T, width> before[parts] = {}, now[parts], after[parts];
+#pragma GCC unroll 4
+      for (int i = 0; i < parts; ++i) now[i] = load_part<width>(here + at[i]);
+      for (++k; k < chains.count && chains.order[k] >= 0; ++k) {
+        T* const next = row(chains.order[k]);
+#pragma GCC unroll 4
+        for (int i = 0; i < parts; ++i) after[i] = load_part<width>(next + at[i]);
+#pragma GCC unroll 4
+        for (int i = 0; i < parts; ++i) {
+          store_part<width>(here + at[i], now[i] + (before[i] + after[i]) * static_cast<T>(0.5));
+          before[i] = now[i];
+          now[i] = after[i];
+        }
+        here = next;
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < parts; ++i) store_part<width>(here + at[i], now[i] + before[i] * static_cast<T>(0.5));
     }
   });
 }
@@ -119,18 +150,19 @@ template <class T> void weight_gradient(const WeightGradientRows<T>& rows) {
 }
 
 template <class T> void mix(const MixRows<T>& rows) {
-  over_row<T>(rows.channels, [&]<int width, int parts>(const int64_t* at) {
-    for (int64_t r = rows.first; r < rows.last; ++r) {
-      const T* src = rows.src + r * rows.channels;
+  for (int64_t r = rows.first; r < rows.last; ++r) {
+    T* const values = rows.values + r * rows.channels;
+    for (int64_t j = 0; j < rows.channels; ++j) rows.row[j] = values[j];
+    over_row<T>(rows.channels, [&]<int width, int parts>(const int64_t* at) {
       Part<T, width> sum[parts] = {};
       for (int64_t j = 0; j < rows.channels; ++j) {
 #pragma GCC unroll 4
-        for (int i = 0; i < parts; ++i) sum[i] += load_part<width>(rows.matrix + j * rows.channels + at[i]) * src[j];
+        for (int i = 0; i < parts; ++i) sum[i] += load_part<width>(rows.matrix + j * rows.channels + at[i]) * rows.row[j];
       }
 #pragma GCC unroll 4
-      for (int i = 0; i < parts; ++i) store_part<width>(rows.dst + r * rows.channels + at[i], sum[i]);
-    }
-  });
+      for (int i = 0; i < parts; ++i) store_part<width>(values + at[i], sum[i]);
+    });
+  }
 }
 
 // The vector of the other halves at a distance: after one step per power of two below its width, every lane has the total.
@@ -170,11 +202,26 @@ template <class T> inline void softmax(T* row, int64_t padded) {
   for (int64_t c = 0; c < padded; c += n) store(row + c, load(row + c) * factor);
 }
 
-// Minus the energies of one row, at the given positions.
+// The unary energies of some rows, one channel after the other: where they are, or gathered.
+template <class T> struct Unary {
+  const T* first;
+  int64_t stride;
+};
+
+template <class T> inline Unary<T> unary_of(const MeanFieldRows<T>& rows, int64_t from, int64_t count, T* scratch) {
+  const T* const first = rows.unary + from * rows.unary_row;
+  if (rows.unary_channel == 1) return {first, rows.unary_row};
+  for (int64_t c = 0; c < rows.channels; ++c)
+    for (int64_t i = 0; i < count; ++i)
+      scratch[i * rows.channels + c] = first[i * rows.unary_row + c * rows.unary_channel];
+  return {scratch, rows.channels};
+}
+
+// Minus the energies of row r, at the given positions.
 template <int width, int parts, class T>
-inline void exponents(const MeanFieldRows<T>& rows, int64_t r, const int64_t* at, Part<T, width>* sum) {
+inline void exponents(const MeanFieldRows<T>& rows, int64_t r, const T* unary, const int64_t* at, Part<T, width>* sum) {
 #pragma GCC unroll 4
-  for (int i = 0; i < parts; ++i) sum[i] = -load_part<width>(rows.unary + r * rows.channels + at[i]);
+  for (int i = 0; i < parts; ++i) sum[i] = -load_part<width>(unary + at[i]);
   for (int64_t p = 0; p < rows.count; ++p) {
     const auto& part = rows.parts[p];
     const int32_t* const index = part.index + r * part.terms;
@@ -192,15 +239,16 @@ inline void exponents(const MeanFieldRows<T>& rows, int64_t r, const int64_t* at
 }
 
 // Rows of `parts` whole vectors, the last of which may overlap the one before, without leaving the registers.
-template <int parts, class T> void mean_field_in_registers(const MeanFieldRows<T>& rows) {
+template <int parts, class T>
+inline void softmax_in_registers(const MeanFieldRows<T>& rows, int64_t from, int64_t count, const Unary<T>& unary) {
   constexpr int n = lanes<T>;
   int64_t at[parts];
   for (int i = 0; i < parts; ++i) at[i] = i + 1 < parts ? i * n : rows.channels - n;
   Vec<T> once{};  // 1 where a lane of the last vector is not in the one before
   for (int i = 0; i < n; ++i) once[i] = at[parts - 1] + i >= (parts - 1) * n;
-  for (int64_t r = rows.first; r < rows.last; ++r) {
+  for (int64_t row = 0; row < count; ++row) {
     Vec<T> x[parts];
-    exponents<n, parts>(rows, r, at, x);
+    exponents<n, parts>(rows, from + row, unary.first + row * unary.stride, at, x);
     Vec<T> largest = x[0], sum{};
 #pragma GCC unroll 4
     for (int i = 1; i < parts; ++i) largest = x[i] > largest ? x[i] : largest;
@@ -212,47 +260,63 @@ template <int parts, class T> void mean_field_in_registers(const MeanFieldRows<T
     }
     const Vec<T> factor = 1 / sum_of_lanes<n / 2, T>(sum);
 #pragma GCC unroll 4
-    for (int i = 0; i < parts; ++i) store(rows.dst + r * rows.channels + at[i], x[i] * factor);
+    for (int i = 0; i < parts; ++i) store(rows.dst + (from + row) * rows.dst_stride + at[i], x[i] * factor);
   }
 }
 
 // Rows of any length, through the scratch memory.
-template <class T> void mean_field_in_memory(const MeanFieldRows<T>& rows) {
+template <class T>
+inline void softmax_in_memory(const MeanFieldRows<T>& rows, int64_t from, int64_t count, const Unary<T>& unary, T* scratch) {
   constexpr int n = lanes<T>;
   const int64_t channels = rows.channels, padded = (channels + n - 1) / n * n;
-  for (int64_t from = rows.first; from < rows.last; from += mean_field_rows) {
-    const int64_t count = rows.last - from < mean_field_rows ? rows.last - from : mean_field_rows;
-    for (int64_t i = 0; i < count; ++i)  // overwritten below but for the pads
-      store(rows.scratch + i * padded + padded - n, Vec<T>{} - static_cast<T>(__builtin_inf()));
-    over_row<T>(channels, [&]<int width, int parts>(const int64_t* at) {
-      for (int64_t i = 0; i < count; ++i) {
-        Part<T, width> sum[parts];
-        exponents<width, parts>(rows, from + i, at, sum);
+  for (int64_t i = 0; i < count; ++i)  // overwritten below but for the pads
+    store(scratch + i * padded + padded - n, Vec<T>{} - static_cast<T>(__builtin_inf()));
+  over_row<T>(channels, [&]<int width, int parts>(const int64_t* at) {
+    for (int64_t i = 0; i < count; ++i) {
+      Part<T, width> sum[parts];
+      exponents<width, parts>(rows, from + i, unary.first + i * unary.stride, at, sum);
 #pragma GCC unroll 4
-        for (int k = 0; k < parts; ++k) store_part<width>(rows.scratch + i * padded + at[k], sum[k]);
-      }
-    });
-    for (int64_t i = 0; i < count; ++i) softmax(rows.scratch + i * padded, padded);
-    over_row<T>(channels, [&]<int width, int parts>(const int64_t* at) {
-      for (int64_t i = 0; i < count; ++i)
+      for (int k = 0; k < parts; ++k) store_part<width>(scratch + i * padded + at[k], sum[k]);
+    }
+  });
+  for (int64_t i = 0; i < count; ++i) softmax(scratch + i * padded, padded);
+  over_row<T>(channels, [&]<int width, int parts>(const int64_t* at) {
+    for (int64_t i = 0; i < count; ++i)
 #pragma GCC unroll 4
-        for (int k = 0; k < parts; ++k)
-          store_part<width>(rows.dst + (from + i) * channels + at[k], load_part<width>(rows.scratch + i * padded + at[k]));
-    });
-  }
+      for (int k = 0; k < parts; ++k)
+        store_part<width>(rows.dst + (from + i) * rows.dst_stride + at[k], load_part<width>(scratch + i * padded + at[k]));
+  });
+}
+
+template <class T>
+inline void energies(const MeanFieldRows<T>& rows, int64_t from, int64_t count, const Unary<T>& unary) {
+  over_row<T>(rows.channels, [&]<int width, int parts>(const int64_t* at) {
+    for (int64_t i = 0; i < count; ++i) {
+      Part<T, width> sum[parts];
+      exponents<width, parts>(rows, from + i, unary.first + i * unary.stride, at, sum);
+#pragma GCC unroll 4
+      for (int k = 0; k < parts; ++k) store_part<width>(rows.dst + (from + i) * rows.dst_stride + at[k], -sum[k]);
+    }
+  });
 }
 
 template <class T> void mean_field(const MeanFieldRows<T>& rows) {
   const int64_t vectors = rows.channels < lanes<T> ? 0 : (rows.channels + lanes<T> - 1) / lanes<T>;
-  if (vectors == 1) return mean_field_in_registers<1>(rows);
-  if (vectors == 2) return mean_field_in_registers<2>(rows);
-  if (vectors == 3) return mean_field_in_registers<3>(rows);
-  if (vectors == 4) return mean_field_in_registers<4>(rows);
-  mean_field_in_memory(rows);
+  T* const rest = rows.scratch + mean_field_rows * rows.channels;
+  for (int64_t from = rows.first; from < rows.last; from += mean_field_rows) {
+    const int64_t count = rows.last - from < mean_field_rows ? rows.last - from : mean_field_rows;
+    const Unary<T> unary = unary_of(rows, from, count, rows.scratch);
+    if (!rows.softmax) energies(rows, from, count, unary);
+    else if (vectors == 1) softmax_in_registers<1>(rows, from, count, unary);
+    else if (vectors == 2) softmax_in_registers<2>(rows, from, count, unary);
+    else if (vectors == 3) softmax_in_registers<3>(rows, from, count, unary);
+    else if (vectors == 4) softmax_in_registers<4>(rows, from, count, unary);
+    else softmax_in_memory(rows, from, count, unary, rest);
+  }
 }
 
 template <class T> PermutohedralKernels<T> kernels_of() {
-  return {weighted<T>, blur<T>, weight_gradient<T>, mix<T>, mean_field<T>};
+  return {weighted<T>, blur<T>, blur_chains<T>, weight_gradient<T>, mix<T>, mean_field<T>};
 }
 
 PermutohedralTable make() { return {kernels_of<float>(), kernels_of<double>()}; }
