@@ -95,8 +95,8 @@ FINDINGS: dict[str, Finding] = {
          "v3_os32_eval8": 75.75},
         (("v3_eval8", "v3"), ("v3", "v3_os32_eval16"), ("v3_os8", "v3_os8_eval16"), ("v3_eval8", "v3_os8"),
          ("v3_eval8", "v3_os32_eval8")),
-        why="Most things in these scenes are no larger than a few cells of the coarser maps, so what training at the evaluation's "
-        "own stride learns of them outweighs the rest; nothing here is short of memory, which is why the paper trains coarsely.",
+        why="Most things in these scenes are no larger than a few cells of the coarser maps: what training at a stride of eight "
+        "learns of them outweighs the rest.",
     ),
     "alignment": Finding(
         "Aligned corners where the stride changes", V3, "the authors' code",
@@ -110,8 +110,8 @@ FINDINGS: dict[str, Finding] = {
         (("psp_average_reduced", "fcn"), ("psp_average", "psp_one_average"), ("psp_average", "psp_max"),
          ("psp_average_reduced", "psp_average")),
         differs="without the auxiliary loss",
-        why="This ResNet-18 sees the whole scene by itself, so there is little context left for pooling to add: compare the "
-        "check behind a backbone that ends early. Without reduction the head is wider, and further from trained after so few steps.",
+        why="This ResNet-18 sees the whole scene by itself, so there is little context left for pooling to add: compare the check "
+        "behind a backbone that ends early. Without reduction the head is wider, and so few steps train it less.",
     ),
     "auxiliary_loss": Finding(
         "Weight of the auxiliary loss", PSP, "table 2", "a weight of 0.4 is best",
