@@ -110,7 +110,7 @@ FINDINGS: dict[str, Finding] = {
         (("psp_average_reduced", "fcn"), ("psp_average", "psp_one_average"), ("psp_average", "psp_max"),
          ("psp_average_reduced", "psp_average")),
         differs="without the auxiliary loss",
-        why="This ResNet-18 sees the whole scene by itself, so there is little context left for pooling to add: compare the "
+        why="This backbone sees the whole scene by itself, so there is little context left for pooling to add: compare the "
         "check behind a backbone that ends early. Without reduction the head is wider, and so few steps train it less.",
     ),
     "auxiliary_loss": Finding(
