@@ -61,6 +61,14 @@ def test_the_settings_of_every_arm_make_a_network(name, monkeypatch):
         model.set_output_stride(config.eval.output_stride)
 
 
+def test_most_taps_of_the_widest_rates_are_outside_the_map():
+    """What ``DEGENERATE`` says, of the 7 x 7 map of 97 pixels at stride 16: rate 4 of the fourth branch and of multi-grid."""
+    inside = {rate: ((2 * max(0, 7 - rate) / 7 + 1) / 3) ** 2 for rate in (1, 4)}
+    assert inside[4] < 0.5 < inside[1]
+    model = create_model("deeplabv3_resnet18", 8, **ARMS["v3_rate4"].settings["model"]["options"])
+    assert max(module.dilation[0] for module in model.modules() if isinstance(module, torch.nn.Conv2d)) == 4
+
+
 # statistics
 
 

@@ -17,6 +17,12 @@ DILATED = "Dilated convolutions (Yu and Koltun 2016)"
 SCALE = "Attention to scale (Chen et al. 2016)"
 
 
+DEGENERATE = (
+    "On maps as small as these most taps of the widest rates lie in the zeros around the map, and a dilated convolution is "
+    "little more than a pointwise one (what the paper describes for rates near the size of the map), so that rates matter less."
+)
+
+
 @dataclass(frozen=True)
 class Finding:
     """One controlled comparison of a paper.
@@ -53,12 +59,14 @@ FINDINGS: dict[str, Finding] = {
         {"block4_os16": 68.39, "block4_grid22": 71.45, "block4_grid12": 73.45},
         (("block4_grid12", "block4_os16"), ("block4_grid12", "block4_grid22")),
         differs="two units per block in place of three: (1, 2) for (1, 2, 4)",
+        why=DEGENERATE,
     ),
     "aspp": Finding(
         "Multi-grid, a fourth rate and image pooling under ASPP", V3, "table 5",
         "multi-grid and image pooling help, a fourth rate does not",
         {"v3_plain": 75.36, "v3_grid": 76.58, "v3_rate4": 76.46, "v3": 77.21},
         (("v3_grid", "v3_plain"), ("v3_grid", "v3_rate4"), ("v3", "v3_grid")),
+        why=DEGENERATE,
     ),
     "inference": Finding(
         "Inference strategy", V3, "table 6 (table 4 alike)",
@@ -87,10 +95,12 @@ FINDINGS: dict[str, Finding] = {
          "v3_os32_eval8": 75.75},
         (("v3_eval8", "v3"), ("v3", "v3_os32_eval16"), ("v3_os8", "v3_os8_eval16"), ("v3_eval8", "v3_os8"),
          ("v3_eval8", "v3_os32_eval8")),
+        why="Most things in these scenes are no larger than a few cells of the coarser maps: what training at a stride of eight "
+        "learns of them outweighs the rest.",
     ),
     "alignment": Finding(
-        "Evaluating at a smaller stride needs aligned corners", V3, "the authors' code",
-        "what the others' findings rest on: corners of images and scores are aligned",
+        "Aligned corners where the stride changes", V3, "the authors' code",
+        "scores of every stride lie where their features do",
         {"v3_eval8": None, "v3_areas_eval8": None, "v3": None, "v3_areas": None}, (("v3_eval8", "v3_areas_eval8"),),
         differs="not a claim of the paper; a check of ours",
     ),
@@ -100,6 +110,8 @@ FINDINGS: dict[str, Finding] = {
         (("psp_average_reduced", "fcn"), ("psp_average", "psp_one_average"), ("psp_average", "psp_max"),
          ("psp_average_reduced", "psp_average")),
         differs="without the auxiliary loss",
+        why="This backbone sees the whole scene by itself, so there is little context left for pooling to add: compare the "
+        "check behind a backbone that ends early. Without reduction the head is wider, and so few steps train it less.",
     ),
     "auxiliary_loss": Finding(
         "Weight of the auxiliary loss", PSP, "table 2", "a weight of 0.4 is best",

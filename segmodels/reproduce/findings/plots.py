@@ -96,7 +96,9 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def _limits(axis: Axes, values: Sequence[float]) -> None:
-    if values:
-        low, high = min(values), max(values)
-        margin = max(0.15 * (high - low), 0.3)
-        axis.set_ylim(low - margin, high + margin)
+    if not values:
+        axis.set_yticks([])
+        return
+    low, high = min(values), max(values)
+    margin = max(0.15 * (high - low), 0.3)
+    axis.set_ylim(low - margin, high + margin)
