@@ -212,7 +212,7 @@ The link of the model comes from the smallest and the largest message: {1e6 * li
 
 {table(["two processes", "modelled", "measured", "error"], checks)}
 
-A small all-reduce took {_spread(result)} here (20th to 80th percentile): presumably the transport's threads wait for the two cores,
+A small all-reduce took {_spread(result)} here (20th to 80th percentile): presumably the transport waits for the two cores,
 which are both computing. A step with common statistics has two small messages per batch norm, one after the other. The model
 has one latency for all messages and no such wait, so it is too fast there; hosts with cores to spare should be nearer to it."""
 
