@@ -80,7 +80,7 @@ def _calls(ops: Any) -> dict[str, Any]:
     calls["conv2d_tensor_core"] = lambda: ops.conv2d_tensor_core(near, filters, None, *geometry)
     calls["conv2d_input_tensor_core"] = lambda: ops.conv2d_input_tensor_core(x.shape, filters, near, *geometry)
     calls["conv2d_weight_tensor_core"] = lambda: ops.conv2d_weight_tensor_core(near, w.shape, near, *geometry)
-    calls["permutohedral_lattice"] = lambda: ops.permutohedral_lattice(torch.randn(1, 2, 36))
+    calls["permutohedral_lattice"] = lambda: ops.permutohedral_lattice(torch.randn(1, 36, 2))
     return calls
 
 
