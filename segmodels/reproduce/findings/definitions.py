@@ -153,7 +153,7 @@ FINDINGS: dict[str, Finding] = {
         "Field of view of fc6", V1, "table 1", "a larger field of view helps, whether its kernel is dense or has holes",
         {"fov_4x4": 59.80, "fov_7x7": 64.38, "fov_large": 62.25}, (("fov_7x7", "fov_4x4"), ("fov_large", "fov_4x4")),
         differs="fields of view in proportion to the map, behind two stages of a ResNet; before the CRF, as there",
-        why="Why LargeFOV, which alone averages before fc6, learns less here in so few steps was not found.",
+        why="Why LargeFOV, which alone averages the features first, learns less here in so few steps was not found.",
     ),
     "short_backbone": Finding(
         "Pyramid pooling behind a backbone that sees less", PSP, "table 1",
