@@ -42,10 +42,10 @@ def fill(mask: np.ndarray, polygon: Sequence[float]) -> None:
 
 def runs_to_mask(counts: Sequence[int], height: int, width: int) -> np.ndarray:
     """Lengths of runs of 0 and 1 in turns, column by column, as bool ``[height, width]``."""
-    counts = np.asarray(counts, np.int64)
-    if counts.sum() != height * width or (counts < 0).any():
-        raise ValueError(f"run lengths add up to {counts.sum()}: expected {height} x {width}")
-    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
+    runs = np.asarray(counts, np.int64)
+    if runs.sum() != height * width or (runs < 0).any():
+        raise ValueError(f"run lengths add up to {runs.sum()}: expected {height} x {width}")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 
 def decode_runs(text: str | bytes) -> list[int]:

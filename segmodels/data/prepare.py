@@ -168,6 +168,6 @@ def must_be_complete(tar: tarfile.TarFile) -> None:
     """Raises ReadError where a tar file that was read to its end lacks the end-of-archive mark: tarfile takes such an end for
     the end of the archive."""
     assert tar.fileobj is not None
-    tar.fileobj.seek(tar.offset)  # type: ignore[attr-defined]
+    tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(512) != bytes(512):
         raise tarfile.ReadError("no end-of-archive mark")
