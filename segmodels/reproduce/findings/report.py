@@ -124,7 +124,7 @@ def _introduction(rows: Rows, found: dict[str, Result]) -> str:
         machine = next(iter(rows.values()))["machine"]
         commits = sorted({row["commit"][:10] + (" with changes" if row["dirty"] else "") for row in rows.values()})
         lines += ["", f"{trained} trainings and {len(rows) - trained} evaluations of {len(arms)} arms, {len(seeds)} seeds, "
-                  f"{seconds / 60:.0f} minutes on one thread ({machine['cpu']}, {machine['instruction_set']}), "
+                  f"{seconds / 60:.0f} minutes on one thread, pauses included ({machine['cpu']}, {machine['instruction_set']}), "
                   f"commits {', '.join(f'`{commit}`' for commit in commits)}."]  # fmt: skip
     wanted = {arm for result in found.values() for arm in result.scores}
     for seed in range(SEEDS):
