@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atrous_kernels import dispatch, repeats
+from atrous_kernels import dispatch, observers, repeats
 from atrous_kernels.arguments import (
     DESCRIBE,
     Size,
@@ -75,7 +75,7 @@ def conv2d(
     equation 1; Yu & Koltun, section 2.
     """
     given, key = input, None
-    if _conv2d_op.unobserved(input, weight, bias):
+    if observers.unobserved(input, weight, bias):
         key = repeats.signature((input, weight, bias), "conv2d", stride, padding, dilation, groups, backend)
         again = repeats.known(key)
         if again is not None:
@@ -270,7 +270,7 @@ def conv_bn_relu(
     norm = (bn_weight, bn_bias, running_mean, running_var)
     given, key = input, None
     tensors = (input, weight, residual, *norm)
-    if not training and not _conv2d_op.recorded(*tensors) and _conv2d_op.unobserved(*tensors):
+    if not training and not observers.recorded(*tensors) and observers.unobserved(*tensors):
         key = repeats.signature(tensors, "conv_bn_relu", stride, padding, dilation, groups, activation, backend)
         again = repeats.known(key)
         if again is not None:

@@ -3,7 +3,7 @@
 Between the kernels of a network the caches have lost the Python code beside them, so that a check costs several times what a
 loop over it shows. A call is known by all that checks and choices look at: dtypes, sizes and strides of its tensors, the other
 arguments, the number of threads and the process-wide modes. Only calls that nothing observes (see
-:func:`atrous_kernels.ops.conv2d.unobserved`) may be kept.
+:mod:`atrous_kernels.observers`) may be kept.
 """
 
 from __future__ import annotations

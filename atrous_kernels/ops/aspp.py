@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from atrous_kernels import dispatch, native
+from atrous_kernels import dispatch, native, observers
 from atrous_kernels.dispatch import Implementation
 from atrous_kernels.ops import conv2d as conv
 from atrous_kernels.ops import conv_bn_relu as fused
@@ -183,7 +183,7 @@ def _fits_one_launch(input: Tensor, branches: Sequence[ConvBN], others: Sequence
         return False
     leaves = [t for b in (*branches, *others) for t in b[:3]]
     # Constant statistics with gradients are folded into the weights, branch by branch.
-    if not first.training and conv.recorded(input, *leaves):
+    if not first.training and observers.recorded(input, *leaves):
         return False
     return fused.chosen(input, first.training, None, "relu", backend) == "triton"
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from atrous_kernels import dispatch, native
+from atrous_kernels import dispatch, native, observers
 from atrous_kernels.dispatch import Implementation
 from atrous_kernels.ops import conv2d as conv
 from atrous_kernels.ops.batch_norm_act import PASSES, Known, batch_norm_act_, count_of, train
@@ -139,7 +139,7 @@ class Normalisation(NamedTuple):
         are wanted, which are then those of the convolution alone, any number of times."""
         bn_weight, bn_bias, mean, var = self.norm
         leaves = (input, weight, bn_weight, bn_bias)
-        wanted = conv.recorded(*leaves)
+        wanted = observers.recorded(*leaves)
         passes = chosen(input, self.training, self.process_group, "relu", backend) != "torch"
         if self.training or (passes and not wanted):
             return weight, None
@@ -202,9 +202,9 @@ def conv_bn_relu(
     backend: str,
 ) -> Tensor:
     """``norm``: bn_weight, bn_bias, running_mean, running_var. Checked arguments; see :mod:`atrous_kernels.functional`."""
-    if not training and not conv.recorded(input, weight, residual, *norm[:2]) and _finishes_sums(input, backend):
+    if not training and not observers.recorded(input, weight, residual, *norm[:2]) and _finishes_sums(input, backend):
         input, weight, residual = autocast(input, weight, residual)
-        run: Any = conv_bn_act_kernel if conv.unobserved(input, weight, residual, *norm) else conv_bn_act
+        run: Any = conv_bn_act_kernel if observers.unobserved(input, weight, residual, *norm) else conv_bn_act
         return run(input, weight, *norm, residual, eps, activation, *geometry, backend)
     name = chosen(input, True, process_group, activation, backend) if training else ""
     if statistics := name in ("cpu", "triton"):
@@ -219,7 +219,7 @@ def conv_bn_relu(
     following = Normalisation(norm, training, momentum, eps, process_group)
     if statistics:
         inner = inner_backend(input, True, process_group, backend)
-        if process_group is None and conv.unobserved_but_for_autocast(input, weight, residual, *norm):
+        if process_group is None and observers.unobserved_but_for_autocast(input, weight, residual, *norm):
             bn_weight, bn_bias, running_mean, running_var = norm
             out, mean, moment = ConvBnActTrain.apply(
                 input, weight, bn_weight, bn_bias, residual, geometry, inner, eps, activation, name

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from atrous_kernels.ops.conv2d import unobserved
+from atrous_kernels.observers import unobserved
 from atrous_kernels.ops.pyramid_pool import implementation_of, pyramid_pool, unpacked
 from atrous_kernels.ops.upsample_concat import upsample_concat
 
