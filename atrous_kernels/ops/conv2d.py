@@ -39,7 +39,7 @@ def is_channels_last(tensor: Tensor) -> bool:
     if not tensor.is_contiguous(memory_format=torch.channels_last):
         if tensor.is_contiguous():
             return False
-    elif not tensor.is_contiguous():
+    elif not tensor.is_contiguous() and 1 not in tensor.shape:  # strides along one index may be anything
         return True
     sizes, strides = tensor.shape, tensor.stride()
     if strides[1] == 0:

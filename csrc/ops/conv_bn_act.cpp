@@ -58,8 +58,9 @@ Tensor conv_bn_act_cpu(const Tensor& input, const Tensor& weight, const Optional
   if (output.numel() == 0) return output;
   if (residual) {
     check_alike("residual", *residual, "input", input);
-    const cpu::Strides of = strides_of(*residual), to = strides_of(output);
-    const bool alike = sizes_of(*residual) == a.output && of.n == to.n && of.c == to.c && of.h == to.h && of.w == to.w;
+    bool alike = sizes_of(*residual) == a.output;
+    for (int dim = 0; alike && dim < 4; ++dim)  // where there is one index, its stride says nothing
+      alike = a.output[dim] == 1 || residual->stride(dim) == output.stride(dim);
     if (!alike || !cpu::adds_residual(shape_of(a), dtype_of(input), write(output)) || tile != 0)
       fail("residual", "expected float32 or float64 sizes ", text(a.output),
            " in channels_last, channels in whole vectors, of a direct convolution, but got sizes ", text(sizes_of(*residual)));

@@ -54,6 +54,18 @@ def test_inference_finishes_its_sums(name, backend, dtype, layout, activation, r
     torch.testing.assert_close(auto.double(), truth, rtol=FINISHED[dtype], atol=FINISHED[dtype])
 
 
+def test_a_stride_along_one_index_says_nothing() -> None:
+    """Python and C++ take the same layout for the output, and a residual that differs in such a stride alone is like it."""
+    one, zero = torch.ones(48), torch.zeros(48)
+    x, w = torch.randn(30).as_strided((1, 10, 1, 3), (1, 1, 10, 10)), torch.randn(48, 10, 2, 4)
+    for strides in ((1, 1, 48, 336), (336, 1, 48, 48), (336, 7, 1, 1)):
+        residual = torch.randn(336).as_strided((1, 48, 7, 1), strides)
+        for input in (x, x.contiguous(memory_format=torch.channels_last)):
+            out = ak.conv_bn_relu(input, w, one, zero, zero, one, padding=(4, 8), dilation=(2, 6), residual=residual, backend="cpu")
+            truth = F.relu(F.batch_norm(F.conv2d(x, w, None, 1, (4, 8), (2, 6)), zero, one) + residual)
+            torch.testing.assert_close(out, truth, rtol=1e-4, atol=1e-4)
+
+
 def test_a_residual_may_be_a_view_with_gaps() -> None:
     """The shortcut of a block whose stride is in its last unit (DeepLabv3): every second pixel of the input."""
     x = torch.randn(1, 16, 6, 6).contiguous(memory_format=torch.channels_last)
