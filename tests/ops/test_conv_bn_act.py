@@ -61,7 +61,8 @@ def test_a_stride_along_one_index_says_nothing() -> None:
     for strides in ((1, 1, 48, 336), (336, 1, 48, 48), (336, 7, 1, 1)):
         residual = torch.randn(336).as_strided((1, 48, 7, 1), strides)
         for input in (x, x.contiguous(memory_format=torch.channels_last)):
-            out = ak.conv_bn_relu(input, w, one, zero, zero, one, padding=(4, 8), dilation=(2, 6), residual=residual, backend="cpu")
+            geometry = dict(padding=(4, 8), dilation=(2, 6))
+            out = ak.conv_bn_relu(input, w, one, zero, zero, one, **geometry, residual=residual, backend="cpu")
             truth = F.relu(F.batch_norm(F.conv2d(x, w, None, 1, (4, 8), (2, 6)), zero, one) + residual)
             torch.testing.assert_close(out, truth, rtol=1e-4, atol=1e-4)
 
