@@ -29,6 +29,7 @@ def overview(path: Path, found: dict[str, Result], columns: int = 4) -> None:
         draw(axis, result, short=True)
     for axis in axes[len(found) :]:
         axis.set_axis_off()
+    figure.suptitle("mIoU [%]; left scale, grey: the paper; right scale, blue: ours (small points: seeds). The scales differ.")
     save(figure, path)
 
 
