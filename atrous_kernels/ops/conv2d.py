@@ -263,7 +263,7 @@ torch.library.register_autograd("atrous::conv2d_weight", _conv2d_weight_backward
 
 
 
-class Recorded(torch.autograd.Function):
+class Conv2dRecorded(torch.autograd.Function):
     """The op in a graph that nothing else observes."""
 
     @staticmethod
@@ -280,7 +280,7 @@ class Recorded(torch.autograd.Function):
 def run(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The call on dense tensors that nothing but autograd observes."""
     if recorded(input, weight, bias):
-        return Recorded.apply(input, weight, bias, call)
+        return Conv2dRecorded.apply(input, weight, bias, call)
     return call(input, weight, bias)
 
 
