@@ -7,7 +7,8 @@ gradient of every pixel. Differentiable once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -132,7 +133,17 @@ upsample_cross_entropy_backward = torch.ops.atrous.upsample_cross_entropy_backwa
 # Implementations ------------------------------------------------------------------------------------------------------
 
 
+def _mark_hard_pixels(loss: Tensor, target: Tensor, ignore_index: int, fraction: float) -> Tensor:
+    torch.ops.atrous_native.hard_pixels_(loss, target, ignore_index, fraction)
+    return loss
+
+
+def _hard_pixels(loss: Tensor, target: Tensor, ignore_index: int, fraction: float) -> Tensor:
+    return reference.hard_pixels(loss, target != ignore_index, fraction).to(loss.dtype)
+
+
 def _native(
+    hard_pixels: Callable[[Tensor, Tensor, int, float], Tensor],
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -154,11 +165,7 @@ def _native(
 
     scale = upstream
     if hard_fraction < 1:
-        kept = run(None, True, False)[0]
-        if kept.is_cpu:
-            torch.ops.atrous_native.hard_pixels_(kept, target, ignore_index, hard_fraction)
-        else:
-            kept = reference.hard_pixels(kept, target != ignore_index, hard_fraction).to(logits.dtype)
+        kept = hard_pixels(run(None, True, False)[0], target, ignore_index, hard_fraction)
         scale = kept if upstream is None else kept.mul_(upstream)
     loss, gradient, (total, divisor) = run(scale, reduction == "none", with_gradient)
     if reduction == "none":
@@ -200,9 +207,9 @@ def last_resort(problem: UpsampleProblem) -> str | None:
 dispatch.register(
     "upsample_cross_entropy",
     [
-        Implementation("cpu", _native, cpu_can_run, always),
+        Implementation("cpu", partial(_native, _mark_hard_pixels), cpu_can_run, always),
         Implementation("triton", triton.upsample_cross_entropy, triton.can_run, gpu_unmeasured),
-        Implementation("cuda", _native, cuda_can_run, gpu_unmeasured),
+        Implementation("cuda", partial(_native, _hard_pixels), cuda_can_run, gpu_unmeasured),
         Implementation("torch", _framework, always, always),
         Implementation("reference", reference.upsample_cross_entropy, always, last_resort),
     ],

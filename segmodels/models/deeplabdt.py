@@ -23,7 +23,7 @@ from segmodels.models.base import SegmentationModel, check_input, upsample
 class DeepLabDT(SegmentationModel):
     """DeepLab's classifier, ``edge_net`` and a domain transform at the resolution of the image, trained end to end.
 
-    The paper has DeepLab-LargeFOV on VGG-16: ``backbone="vgg16", fc6="largefov", pool=3, aspp=False``.
+    The paper has DeepLab-LargeFOV on VGG-16: ``backbone="vgg16", fc6="largefov", aspp=False``.
 
     Args:
         backbone: see :class:`segmodels.backbones.base.Backbone`; its output stride is the model's.
@@ -39,6 +39,7 @@ class DeepLabDT(SegmentationModel):
     """
 
     default_output_stride = 8
+    backbone_options = {"pool": 3}
     backbones = (*BACKBONES, "vgg16")
 
     def __init__(

@@ -13,7 +13,7 @@ from segmodels.config import SECTIONS, Config, ConfigError, describe, load_confi
     ("override", "message"),
     [
         ("train.lrr=1", r"unknown key train\.lrr \(value 1\).*did you mean lr"),
-        ("trian.lr=1", r"unknown section 'trian'.*did you mean train.*one of data, model, train, weak, eval, run"),
+        ("trian.lr=1", r"unknown section 'trian'.*did you mean train.*one of data, model, train, weak, distributed, eval, run"),
         ("train.lr=fast", r"train\.lr='fast'.*expected float, > 0"),
         ("train.lr=-1", r"train\.lr=-1\.0: expected float, > 0"),
         ("train.lr=.nan", r"train\.lr=nan: expected float, > 0"),
