@@ -241,8 +241,15 @@ class ResumableLoader:
                 self.sampler.advance(len(image) * self.sampler.world)
                 yield image, label
         except DataError as error:
+            self._end_workers()
             # A worker wraps the message in a traceback of its own; its last paragraph is the message.
             raise DataError(str(error).rpartition("DataError: ")[2].strip()) from error
+
+    def _end_workers(self) -> None:
+        """Before an error is passed on, whose traceback may keep the iterator, and with it its workers, alive to the very end."""
+        if self._loader._iterator is not None and self._loader.num_workers:
+            self._loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
+            self._loader._iterator = None
 
     @property
     def epoch(self) -> int:
@@ -261,11 +268,17 @@ class ResumableLoader:
         self.dataset.unreadable[state.get("skipped", [])] = True
 
 
+#: Seconds that a worker lives on after SIGTERM.
+GRACE = 30
+
+
 def _quiet_worker(_: int) -> None:
     cv2.setNumThreads(0)  # workers are the parallelism; OpenCV's threads on top of them only fight for the cores
-    # Ctrl-C and torchrun reach the workers too, but the training process still wants what they hold when it stops cleanly.
+    # Ctrl-C and torchrun reach the workers too, but the training process still wants what they hold when it stops cleanly. It
+    # has as long as torchrun gives it; a worker that is left over then ends by itself, for whoever exits waits for it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
 def build_loader(
