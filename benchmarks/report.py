@@ -21,7 +21,20 @@ from benchmarks.report_networks import (
     training_section,
     weak_section,
 )
-from benchmarks.report_parts import RESULTS, ROOT, Rows, best, fastest, geomean, load, machine_line, milliseconds, ratio, table
+from benchmarks.report_parts import (
+    RESULTS,
+    ROOT,
+    Rows,
+    best,
+    fastest,
+    geomean,
+    load,
+    machine_line,
+    milliseconds,
+    ratio,
+    table,
+    with_blocks,
+)
 
 PAGE = ROOT / "docs" / "results.md"
 IMAGES = ROOT / "docs" / "images"
@@ -326,14 +339,7 @@ def explain_block() -> str:
 
 
 def readme_text() -> str:
-    text = README.read_text()
-    for name, block in (("explain", explain_block()), ("results", readme_block())):
-        begin, end = f"<!-- {name}: made by `python -m benchmarks.report` -->", f"<!-- end of {name} -->"
-        if begin not in text or end not in text:
-            raise SystemExit(f"{README.name}: expected the lines {begin!r} and {end!r}")
-        before, _, rest = text.partition(begin)
-        text = f"{before}{begin}\n{block}\n{end}{rest.partition(end)[2]}"
-    return text
+    return with_blocks(README, "benchmarks.report", {"explain": explain_block(), "results": readme_block()})
 
 
 def plots() -> None:

@@ -55,3 +55,15 @@ def fastest(row: dict[str, Any], ours: bool) -> tuple[str, float]:
     times = {name: t["p50_ms"] for name, t in row["candidates"].items() if name.startswith("ours") == ours}
     name = min(times, key=times.__getitem__)
     return name, times[name]
+
+
+def with_blocks(page: Path, maker: str, blocks: dict[str, str]) -> str:
+    """The text of ``page`` with the blocks that the module ``maker`` writes made anew, each between two lines that name it."""
+    text = page.read_text()
+    for name, block in blocks.items():
+        begin, end = f"<!-- {name}: made by `python -m {maker}` -->", f"<!-- end of {name} -->"
+        if begin not in text or end not in text:
+            raise SystemExit(f"{page.name}: expected the lines {begin!r} and {end!r}")
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n{block}\n{end}{rest.partition(end)[2]}"
+    return text

@@ -16,7 +16,7 @@ from typing import Any
 
 from atrous_kernels.gpus import GPUS
 from benchmarks.report import RESULTS
-from benchmarks.report_parts import table
+from benchmarks.report_parts import table, with_blocks
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE, PLOT = DOCS / "scaling.md", DOCS / "images" / "scaling.png"
@@ -273,14 +273,7 @@ def _links() -> str:
 
 def page() -> str:
     """docs/scaling.md with its blocks made anew."""
-    text = PAGE.read_text()
-    for name, block in (("measured", measured_block()), ("model", model_block())):
-        begin, end = f"<!-- {name}: made by `python -m benchmarks.scaling` -->", f"<!-- end of {name} -->"
-        if begin not in text or end not in text:
-            raise SystemExit(f"{PAGE.name}: expected the lines {begin!r} and {end!r}")
-        before, _, rest = text.partition(begin)
-        text = f"{before}{begin}\n{block}\n{end}{rest.partition(end)[2]}"
-    return text
+    return with_blocks(PAGE, "benchmarks.scaling", {"measured": measured_block(), "model": model_block()})
 
 
 def plot() -> None:

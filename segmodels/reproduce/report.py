@@ -14,12 +14,12 @@ from pathlib import Path
 from segmodels.engine.checkpoints import atomic_write
 from segmodels.engine.progress import say
 from segmodels.reproduce.comparison import Line, lines
+from segmodels.reproduce.marks import marked, replaced
 from segmodels.reproduce.results import ROOT
 from segmodels.reproduce.rows import METRICS, rows
 
 PAGE = ROOT / "docs" / "reproduction.md"
 HTML = Path("runs/reproduction/report")
-BEGIN, END = "<!-- rows: begin, generated -->", "<!-- rows: end -->"
 
 
 def main(arguments: list[str]) -> int:
@@ -49,11 +49,8 @@ def main(arguments: list[str]) -> int:
 
 def with_rows(document: str, text: str) -> str:
     """The document with the text between its marks, or before everything else where there are none."""
-    block = f"{BEGIN}\n{text.strip()}\n{END}\n"
-    if BEGIN not in document:
-        return block + (f"\n{document.lstrip()}" if document.strip() else "")
-    head, _, rest = document.partition(BEGIN)
-    return head + block + rest.partition(END)[2].removeprefix("\n")
+    first = marked("rows", text) + (f"\n{document.lstrip()}" if document.strip() else "")
+    return replaced(document, "rows", text) or first
 
 
 def page() -> str:

@@ -13,6 +13,7 @@ from segmodels.reproduce.findings.definitions import SEEDS
 from segmodels.reproduce.findings.experiment import ROOT, load_rows
 from segmodels.reproduce.findings.results import Comparison, Result, Rows, results
 from segmodels.reproduce.findings.statistics import CONFIDENCE
+from segmodels.reproduce.marks import marked, replaced
 
 DOCUMENT = ROOT / "docs" / "reproduction.md"
 OVERVIEW = ROOT / "docs" / "images" / "findings.png"
@@ -29,7 +30,6 @@ Arms of a comparison are paired by seed (initialisation, order, augmentation). T
 {CONFIDENCE:.0%} for the mean difference; it is not corrected for the number of comparisons. A comparison *holds* where the whole
 interval has the paper's sign, *does not hold* where it has the other, and is *undecided* otherwise; a finding holds where all its
 comparisons do, and does not where one does not. With few seeds only effects far above the noise can be told from chance."""
-BEGIN, END = "<!-- findings: begin, generated -->", "<!-- findings: end -->"
 
 
 def main(folder: Path, runs: Path, *, pictures: bool = False, check: bool = False) -> int:
@@ -58,11 +58,7 @@ def main(folder: Path, runs: Path, *, pictures: bool = False, check: bool = Fals
 
 def with_section(document: str, text: str) -> str:
     """The document with the section between its marks, or at the end where there are none."""
-    block = f"{BEGIN}\n{text.strip()}\n{END}\n"
-    if BEGIN not in document:
-        return f"{document.rstrip()}\n\n{block}".lstrip()
-    head, _, rest = document.partition(BEGIN)
-    return head + block + rest.partition(END)[2].lstrip("\n")
+    return replaced(document, "findings", text) or f"{document.rstrip()}\n\n{marked('findings', text)}".lstrip()
 
 
 def section(rows: Rows) -> str:
